@@ -1,0 +1,20 @@
+# Every target makes .venv with the pinned packages first, so each works right after a clone.
+PYTHON ?= python3
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/installed
+	.venv/bin/python train/quickstart.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: requirements.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	.venv/bin/pip install --quiet --no-deps --editable .
+	touch $@

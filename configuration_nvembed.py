@@ -1,0 +1,113 @@
+"""What an NV-Embed checkpoint says about itself.
+
+The field names are those of the released `nvidia/NV-Embed-v1` and `-v2` checkpoints, so that their `config.json`
+loads unchanged; `pooling_type` is the one addition.
+"""
+
+from transformers import MistralConfig, PretrainedConfig
+
+
+POOLING_TYPES = ("latent_attention", "mean", "eos", "self_attention")
+MASK_TYPES = ("b", "c")
+
+
+class LatentAttentionConfig(PretrainedConfig):
+    """Shape of the block between the decoder and the pooling (paper section 3.2).
+
+    Args:
+        num_latents_value: number of trainable latents, r in the paper.
+        num_cross_heads: attention heads.
+        output_normalize: L2-normalize the embeddings.
+        hidden_dim: width of the token states, the decoder's hidden size.
+        latent_dim: width of a latent.
+        cross_dim_head: width of one attention head; the released checkpoints use the full hidden size per head.
+    """
+
+    model_type = "latent_attention"
+
+    def __init__(
+        self,
+        num_latents_value: int = 512,
+        num_cross_heads: int = 8,
+        output_normalize: bool = True,
+        hidden_dim: int = 4096,
+        latent_dim: int = 4096,
+        cross_dim_head: int = 4096,
+        **kwargs,
+    ):
+        self.num_latents_value = num_latents_value
+        self.num_cross_heads = num_cross_heads
+        self.output_normalize = output_normalize
+        self.hidden_dim = hidden_dim
+        self.latent_dim = latent_dim
+        self.cross_dim_head = cross_dim_head
+        super().__init__(**kwargs)
+
+
+class BidirectionalMistralConfig(MistralConfig):
+    """A Mistral decoder read without its causal mask; `sliding_window` has no effect, as in the released code."""
+
+    model_type = "bidir_mistral"
+
+
+class NVEmbedConfig(PretrainedConfig):
+    """Configuration of an `NVEmbedModel`.
+
+    Args:
+        text_config: the decoder, a `BidirectionalMistralConfig` or its fields as a dictionary.
+        latent_attention_config: a `LatentAttentionConfig` or its fields as a dictionary.
+        pooling_type: how token states become one embedding. `latent_attention`: attention over the latents, then the
+            mean (the paper's); `mean`; `eos`: the last token's state; `self_attention`: a self-attention layer of the
+            latent attention's heads, then the mean (the paper's ablations, section 3.2).
+        mask_type: `b` for bidirectional attention, `c` for causal attention.
+        padding_side: `right`, the only side on which the instruction starts every row.
+        add_pad_token: pad with `</s>` when the tokenizer has no pad token.
+        is_mask_instruction: leave the instruction's tokens out of the pooling.
+        add_eos: `encode` appends the end token to every text. False where the tokenizer appends it by itself, as in
+            the checkpoints that `train/init_checkpoint.py` makes.
+
+    Raises:
+        ValueError: `pooling_type`, `mask_type` or `padding_side` is not one of the above.
+    """
+
+    model_type = "nvembed"
+    sub_configs = {"text_config": BidirectionalMistralConfig, "latent_attention_config": LatentAttentionConfig}
+
+    def __init__(
+        self,
+        text_config: BidirectionalMistralConfig | dict | None = None,
+        latent_attention_config: LatentAttentionConfig | dict | None = None,
+        pooling_type: str = "latent_attention",
+        mask_type: str = "b",
+        padding_side: str = "right",
+        add_pad_token: bool = True,
+        is_mask_instruction: bool = True,
+        add_eos: bool = True,
+        **kwargs,
+    ):
+        for field, value, known in (
+            ("pooling_type", pooling_type, POOLING_TYPES),
+            ("mask_type", mask_type, MASK_TYPES),
+            ("padding_side", padding_side, ("right",)),
+        ):
+            if value not in known:
+                raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(repr, known))}")
+        self.text_config = _as_config(text_config, BidirectionalMistralConfig)
+        self.latent_attention_config = _as_config(latent_attention_config, LatentAttentionConfig)
+        self.hidden_size = kwargs.pop("hidden_size", self.text_config.hidden_size)
+        self.pooling_type = pooling_type
+        self.mask_type = mask_type
+        self.padding_side = padding_side
+        self.add_pad_token = add_pad_token
+        self.is_mask_instruction = is_mask_instruction
+        self.add_eos = add_eos
+        super().__init__(**kwargs)
+
+
+def _as_config(value: PretrainedConfig | dict | None, config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    return config_class(**{key: field for key, field in (value or {}).items() if key != "model_type"})
+
+
+NVEmbedConfig.register_for_auto_class()

@@ -1,0 +1,103 @@
+"""Tiny fixtures, made on the spot: a decoder of 3 layers, a tokenizer of 400 pieces, a checkpoint from both."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nvembed import NVEmbedModel
+from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.init_checkpoint import InitArguments, init_model
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # there is no Hub here, and a test must not wait for one
+ROOT = Path(__file__).parents[1]
+SENTENCES = [
+    "Return a list of all files below a folder.",
+    "Open a connection to the server and read its greeting.",
+    "Convert the date to a string in the local format.",
+    "Raise an error when the key is not found.",
+    "Count the words of a text, one line at a time.",
+    "Send the message to every address in the list.",
+    "Draw a circle of the given radius.",
+    "Sort the numbers and return their median.",
+]
+
+
+@pytest.fixture(scope="session")
+def decoder_dir(tmp_path_factory) -> Path:
+    """A Llama-layout base with random weights and a byte-level BPE tokenizer, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("decoder")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*SENTENCES, "Instruct: Given a question, retrieve\nQuery: "] * 3, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,  # wide, so that attention is far from uniform
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def init_args(decoder_dir):
+    """`InitArguments` for the tiny decoder; keywords override."""
+
+    def make(output_dir="unused", **overrides) -> InitArguments:
+        options = {"base": str(decoder_dir), "num_latents": 8, "num_cross_heads": 2, "cross_dim_head": 24}
+        return InitArguments(output_dir=str(output_dir), **(options | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, init_args) -> Path:
+    """An untrained checkpoint folder."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    write_checkpoint(init_model(init_args()), str(folder))
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint) -> NVEmbedModel:
+    """The tiny checkpoint with every new weight random, as if trained."""
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    randomize(model.latent_attention_model)
+    return model
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module, std: float = 0.3, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    return SENTENCES
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder

@@ -1,0 +1,169 @@
+"""Every layout becomes triplets that mean what the paper says; every bad file is named with its line."""
+
+import json
+
+import pytest
+
+from nvembed.train.data.registry import DatasetSource, load_triplets
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """Two topics of three documents each, one query with two relevant documents."""
+    documents = {
+        "a1": "apples grow on old trees", "a2": "apples are red or green", "a3": "apples make good cider",
+        "b1": "boats sail on the sea", "b2": "boats need a new coat of paint", "b3": "boats are made of wood",
+    }  # fmt: skip
+    write_jsonl(
+        tmp_path / "corpus.jsonl",
+        [{"_id": key, "title": "Fruit" if key[0] == "a" else "", "text": text} for key, text in documents.items()],
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "do apples grow"}, {"_id": "q2", "text": "boats"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\ta1\t1\nq1\ta2\t1\nq2\tb1\t1\nq2\ta3\t0\n"
+    )
+    return tmp_path
+
+
+def test_retrieval(beir):
+    triplets = load_triplets([DatasetSource(str(beir), instruction="Find it")], num_negatives=2)
+    assert [(row["query"], row["positive"]) for row in triplets] == [
+        ("do apples grow", "Fruit apples grow on old trees"),  # title and text
+        ("do apples grow", "Fruit apples are red or green"),
+        ("boats", "boats sail on the sea"),  # a grade of 0 is no relevance
+    ]
+    for row in triplets:
+        assert len(set(row["negatives"])) == 2
+        assert row["instruction"] == "Find it"
+        assert not row["symmetric"]
+    relevant = {"Fruit apples grow on old trees", "Fruit apples are red or green"}
+    assert not relevant & {*triplets[0]["negatives"], *triplets[1]["negatives"]}, "another relevant document"
+
+
+def test_sts(tmp_path):
+    path = write_jsonl(
+        tmp_path / "train.jsonl",
+        [
+            {"sentence1": "a cat sleeps", "sentence2": "a cat is asleep", "score": 4.0},
+            {"sentence1": "a dog barks", "sentence2": "a dog sleeps", "score": 3.9},
+            {"sentence1": "rain falls", "sentence2": "it rains", "score": 5},
+        ],
+    )
+    triplets = load_triplets([DatasetSource(path)], num_negatives=2)
+    assert [(row["query"], row["positive"]) for row in triplets] == [
+        ("a cat sleeps", "a cat is asleep"), ("a cat is asleep", "a cat sleeps"),
+        ("rain falls", "it rains"), ("it rains", "rain falls"),
+    ]  # fmt: skip
+    assert all(row["symmetric"] for row in triplets)
+    assert all(not {row["query"], row["positive"]} & set(row["negatives"]) for row in triplets)
+    assert all(len(row["negatives"]) == 2 for row in triplets)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    rows = [{"text": f"{label} text {i}", "label": label} for label in ("card_lost", "card_new", "rate") for i in range(4)]
+    write_jsonl(tmp_path / "train.jsonl", [*rows, {"text": "alone", "label": "single"}])
+    return tmp_path
+
+
+def test_example_based_classification(labelled):
+    triplets = load_triplets([DatasetSource(str(labelled))], num_negatives=3)
+    assert len(triplets) == 12, "a class of one text has no positive"
+    for row in triplets:
+        label = row["query"].split(" ")[0]
+        assert row["positive"].startswith(label)
+        assert row["positive"] != row["query"]
+        assert len(row["negatives"]) == 3
+        assert not any(negative.startswith(label) for negative in row["negatives"])
+        assert row["symmetric"]
+
+
+def test_label_based_classification(labelled):
+    triplets = load_triplets([DatasetSource(str(labelled), "label_classification")], num_negatives=7)
+    assert triplets[0]["query"] == "card_lost text 0"
+    assert triplets[0]["positive"] == "card lost"
+    assert sorted(triplets[0]["negatives"]) == ["card new", "rate", "single"]
+    assert not triplets[0]["symmetric"]
+
+
+def test_ready_triplets_keep_their_negatives_and_instruction(tmp_path):
+    row = {"query": "q", "positive": "p", "negatives": ["n1", "n2"], "instruction": "Own", "symmetric": True}
+    path = write_jsonl(tmp_path / "mine.jsonl", [row, {"query": "r", "positive": "s"}])
+    first, second = load_triplets([DatasetSource(path)], num_negatives=1)
+    assert (first["negatives"], first["instruction"], first["symmetric"]) == (["n1", "n2"], "Own", True)
+    assert (second["negatives"], second["instruction"], second["symmetric"]) == ([], "", False)
+    first, _ = load_triplets([DatasetSource(path, instruction="Recipe's", symmetric=False)], num_negatives=1)
+    assert (first["instruction"], first["symmetric"]) == ("Recipe's", False)
+
+
+def test_triplets_without_negatives_get_mined_ones(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"query": f"word{i} up", "positive": f"word{i} down"} for i in range(5)])
+    for row in load_triplets([DatasetSource(path)], num_negatives=2):
+        assert len(set(row["negatives"]) - {row["positive"]}) == 2
+
+
+def test_parquet_and_csv(tmp_path, labelled):
+    from datasets import load_dataset
+
+    table = load_dataset("json", data_files=str(labelled / "train.jsonl"), split="train")
+    table.to_parquet(tmp_path / "train.parquet")
+    table.to_csv(tmp_path / "table.csv")
+    expected = load_triplets([DatasetSource(str(labelled), name="t")], 3)
+    for path in (tmp_path / "train.parquet", tmp_path / "table.csv"):
+        assert load_triplets([DatasetSource(str(path), name="t")], 3).to_list() == expected.to_list()
+
+
+def test_samples_are_a_fixed_choice(labelled):
+    source = DatasetSource(str(labelled), samples=5)
+    first, second = (load_triplets([source], 1, seed=3)["query"] for _ in range(2))
+    assert len(first) == 5
+    assert first == second
+    assert first != load_triplets([source], 1, seed=4)["query"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"query": "q", "positive": "p"}', "", '{"query": "q"}'], r'bad.jsonl:3: "positive" is missing'),
+        (['{"query": "q", "positive": "  "}'], r'bad.jsonl:1: "positive" is empty'),
+        (['{"query": 7, "positive": "p"}'], r'bad.jsonl:1: "query" is 7 of type int'),
+        (['{"query": "q", "positive": "p", "negatives": "n"}'], r"bad.jsonl:1: \"negatives\" is 'n', not a list"),
+        (['{"query": "q", "positive": "p", "negatives": ["n", ""]}'], r'bad.jsonl:1: "negatives\[1\]" is empty'),
+        (['{"query": "q", '], r"bad.jsonl:1: not valid JSON"),
+        (["[1, 2]"], r"bad.jsonl:1: a list, not a JSON object"),
+        (['{"title": "t", "body": "b"}'], r"unknown dataset layout with columns \['body', 'title'\]"),
+        ([], r"split 'train' is empty"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, lines, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=words):
+        load_triplets([DatasetSource(str(path))], num_negatives=1)
+
+
+def test_bad_sources_are_named(tmp_path, beir):
+    with pytest.raises(ValueError, match="kind is 'retrieve'; known kinds are classification, clustering"):
+        DatasetSource("x", "retrieve")
+    with pytest.raises(ValueError, match="samples is 0"):
+        DatasetSource("x", samples=0)
+    with pytest.raises(ValueError, match="datasets is empty"):
+        load_triplets([], 1)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "data.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"odd: unknown dataset layout: no train.jsonl.*found \['data.txt'\]"):
+        load_triplets([DatasetSource(str(tmp_path / "odd"))], 1)
+    with pytest.raises(ValueError, match=r"qrels/dev.tsv is missing; found"):
+        load_triplets([DatasetSource(str(beir), split="dev")], 1)
+    with pytest.raises(ValueError, match="neither a local file or folder nor a dataset that the Hub gives"):
+        load_triplets([DatasetSource(str(tmp_path / "absent"))], 1)
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t", "label": "only"}] * 3)
+    with pytest.raises(ValueError, match=r"one label only, \['only'\]"):
+        load_triplets([DatasetSource(one)], 1)

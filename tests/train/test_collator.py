@@ -1,0 +1,57 @@
+import torch
+
+from nvembed.modeling_nvembed import format_instruction
+from nvembed.train.collator import TripletCollator, text_id
+from nvembed.train.losses import NO_TEXT
+
+
+def triplet(query, positive, negatives, instruction="", symmetric=False):
+    return {
+        "query": query,
+        "positive": positive,
+        "negatives": negatives,
+        "instruction": instruction,
+        "symmetric": symmetric,
+        "dataset": "test",
+    }
+
+
+def test_batch_embeds_as_encode_does(model, sentences):
+    """Training and inference share tokenizing and pooling mask: the collator's groups give `encode`'s embeddings."""
+    a, b, c, d, e, f, g, h = sentences
+    triplets = [
+        triplet(a, b, [c, d, "dropped: num_negatives is 2"], "Find it"),
+        triplet(e, f, [b], "Same kind", symmetric=True),
+        triplet(g, h, []),
+    ]
+    batch = TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2, num_groups=3)(triplets)
+    with torch.no_grad():
+        embeddings = torch.cat([model(**group).sentence_embeddings for group in batch["groups"]])
+    find, same = format_instruction("Find it"), format_instruction("Same kind")
+    queries = torch.cat([model.encode([a], find), model.encode([e], same), model.encode([g])])
+    torch.testing.assert_close(embeddings[batch["query_index"]], queries, atol=1e-6, rtol=0)
+    passages = embeddings[batch["passage_index"]]
+    torch.testing.assert_close(passages[0], model.encode([b, c, d]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(passages[1, :2], model.encode([f, b], same), atol=1e-6, rtol=0)
+    torch.testing.assert_close(passages[2, :1], model.encode([h]), atol=1e-6, rtol=0)
+    assert batch["query_ids"].tolist() == [text_id(a), text_id(e), text_id(g)]
+    assert batch["passage_ids"].tolist() == [
+        [text_id(b), text_id(c), text_id(d)],
+        [text_id(f), text_id(b), NO_TEXT],
+        [text_id(h), NO_TEXT, NO_TEXT],
+    ]
+
+
+def test_groups_hold_similar_lengths_and_each_text_once(model, sentences):
+    texts = [sentence * (i % 4 + 1) for i, sentence in enumerate(sentences)]
+    triplets = [triplet(texts[i], texts[i + 1], [texts[0]]) for i in range(6)]
+    batch = TripletCollator(model.tokenizer, model.config, 256, num_negatives=1, num_groups=4)(triplets)
+    assert len(batch["groups"]) == 4
+    lengths = [group["attention_mask"].sum(1) for group in batch["groups"]]
+    assert sum(map(len, lengths)) == len(set(texts[:7])), "a text that occurs twice is embedded once"
+    assert all(short.max() <= long.min() for short, long in zip(lengths, lengths[1:]))
+
+
+def test_text_identity_is_stable_and_fits_int64():
+    assert text_id("NV-Embed") == 782987695616353549
+    assert all(0 <= text_id(str(i)) < 2**63 for i in range(1000))

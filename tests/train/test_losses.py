@@ -1,0 +1,127 @@
+"""InfoNCE against loops in float64, alone and across two gloo processes."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvembed.train.collator import text_id
+from nvembed.train.losses import NO_TEXT, info_nce
+
+
+TEMPERATURE = 0.05
+
+
+def reference(queries, passages, query_texts, passage_texts, in_batch_negatives):
+    """Loss, gradient of the queries, gradient of the passages: plain loops over texts, closed-form gradients.
+
+    A candidate of row i is a passage of row k (k = i without in-batch negatives) that is not i's positive itself, not
+    the text of i's query or positive, and not the positive of a row with i's query.
+    """
+    rows, per_row = len(queries), len(passages[0])
+    loss, grad_q, grad_p = 0.0, torch.zeros_like(queries), torch.zeros_like(passages)
+    for i in range(rows):
+        candidates = [(i, 0)]
+        for k in range(rows) if in_batch_negatives else [i]:
+            for j in range(per_row):
+                text = passage_texts[k][j]
+                is_other_positive = j == 0 and query_texts[k] == query_texts[i]
+                if text is None or text in (query_texts[i], passage_texts[i][0]) or is_other_positive:
+                    continue
+                candidates.append((k, j))
+        scores = [math.exp(float(queries[i] @ passages[k, j]) / TEMPERATURE) for k, j in candidates]
+        loss -= math.log(scores[0] / sum(scores)) / rows
+        for position, ((k, j), score) in enumerate(zip(candidates, scores)):
+            weight = (score / sum(scores) - (position == 0)) / TEMPERATURE / rows
+            grad_q[i] += weight * passages[k, j]
+            grad_p[k, j] += weight * queries[i]
+    return loss, grad_q, grad_p
+
+
+def make_batch(duplicates: bool):
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.nn.functional.normalize(torch.randn(6, 10, generator=generator, dtype=torch.float64), dim=-1)
+    passages = torch.nn.functional.normalize(torch.randn(6, 3, 10, generator=generator, dtype=torch.float64), dim=-1)
+    query_texts = [f"query {i}" for i in range(6)]
+    passage_texts = [[f"passage {i} {j}" for j in range(3)] for i in range(6)]
+    if duplicates:
+        passage_texts[1][2] = passage_texts[4][0]  # a hard negative that is another row's positive
+        passage_texts[2][0] = passage_texts[5][0]  # two rows share their positive
+        passage_texts[3][1] = query_texts[0]  # a candidate that is another row's query
+        query_texts[5] = query_texts[1]  # one query with two positives
+        passage_texts[0][1] = passage_texts[0][0]  # a hard negative that is its own row's positive
+        passage_texts[4][2] = None  # a row with one negative fewer
+    return queries, passages, query_texts, passage_texts
+
+
+def identities(query_texts, passage_texts):
+    return (
+        torch.tensor([text_id(text) for text in query_texts]),
+        torch.tensor([[NO_TEXT if text is None else text_id(text) for text in row] for row in passage_texts]),
+    )
+
+
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+@pytest.mark.parametrize("duplicates", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradients_equal_the_loop(in_batch_negatives, duplicates, dtype):
+    queries, passages, *texts = make_batch(duplicates)
+    expected_loss, expected_q, expected_p = reference(queries, passages, *texts, in_batch_negatives)
+    queries, passages = (x.to(dtype).requires_grad_() for x in (queries, passages))
+    loss = info_nce(queries, passages, *identities(*texts), TEMPERATURE, in_batch_negatives)
+    loss.backward()
+    # In float32, of which 1e-6 is eight steps at 1, the tolerance is relative where values exceed 1.
+    tolerance = {"atol": 1e-6, "rtol": 1e-6 if dtype == torch.float32 else 0}
+    torch.testing.assert_close(loss.double(), torch.tensor(expected_loss, dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(queries.grad.double(), expected_q, **tolerance)
+    torch.testing.assert_close(passages.grad.double(), expected_p, **tolerance)
+
+
+def test_duplicates_change_the_loss():
+    """Guards the test above: the texts made equal there matter."""
+    queries, passages, *texts = make_batch(duplicates=True)
+    _, _, *distinct = make_batch(duplicates=False)
+    with_duplicates = info_nce(queries, passages, *identities(*texts), TEMPERATURE)
+    assert abs(with_duplicates - info_nce(queries, passages, *identities(*distinct), TEMPERATURE)) > 1e-3
+
+
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+def test_two_processes_equal_one(tmp_path, in_batch_negatives):
+    """DDP over two gloo processes: mean loss, and gradients of a shared encoder, of the same global batch."""
+    queries, passages, *texts = make_batch(duplicates=True)
+    query_ids, passage_ids = identities(*texts)
+    encoder = torch.nn.Linear(10, 7, dtype=torch.float64)
+    job = {
+        "batch": (queries, passages, query_ids, passage_ids),
+        "weights": encoder.state_dict(),
+        "options": (TEMPERATURE, in_batch_negatives),
+    }
+    torch.save(job, tmp_path / "job.pt")
+    worker = Path(__file__).with_name("gloo_worker.py")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, tmp_path],
+        check=True,
+        timeout=240,
+    )
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+    normalize = torch.nn.functional.normalize
+    loss = info_nce(
+        normalize(encoder(queries), dim=-1), normalize(encoder(passages), dim=-1), query_ids, passage_ids, *job["options"]
+    )
+    loss.backward()
+    assert abs(sum(result["loss"] for result in results) / 2 - loss.item()) < 1e-6
+    for result in results:
+        torch.testing.assert_close(result["weight"], encoder.weight.grad, atol=1e-6, rtol=0)
+        torch.testing.assert_close(result["bias"], encoder.bias.grad, atol=1e-6, rtol=0)
+
+
+def test_bad_arguments_are_named():
+    queries, passages, *texts = make_batch(duplicates=False)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        info_nce(queries, passages, *identities(*texts), temperature=0)
+    with pytest.raises(ValueError, match=r"queries \(5, 10\), passages \(6, 3, 10\)"):
+        info_nce(queries[:5], passages, *identities(*texts))

@@ -1,0 +1,153 @@
+"""Two real training steps on the tiny checkpoint: what moves, what is saved, what is logged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from nvembed import NVEmbedModel
+from nvembed.eval.retrieval import RetrievalTask, ndcg_at_10
+from nvembed.modeling_nvembed import format_instruction
+from nvembed.train.arguments import ModelArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.registry import DatasetSource, load_triplets
+from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def pairs_file(tmp_path, sentences):
+    """Each sentence's first half finds its second."""
+    path = tmp_path / "pairs.jsonl"
+    halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in sentences]
+    path.write_text("".join(json.dumps({"query": q, "positive": p, "instruction": "Complete"}) + "\n" for q, p in halves))
+    return path
+
+
+@pytest.fixture
+def task(sentences):
+    half = {str(i): s[: len(s) // 2] for i, s in enumerate(sentences)}
+    rest = {str(i): s[len(s) // 2 :] for i, s in enumerate(sentences)}
+    return RetrievalTask("halves", half, rest, {i: {i: 1} for i in half}, "Complete")
+
+
+def make_trainer(checkpoint, pairs_file, output_dir, arguments=Stage1Arguments, task=None, use_peft=True, **options):
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    defaults = {"max_steps": 2, "warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 1e-2, "logging_steps": 1}
+    defaults |= {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    return EmbeddingTrainer(
+        model=add_adapter(model, ModelArguments(use_peft=use_peft)),
+        args=arguments(output_dir=str(output_dir), **(defaults | options)),
+        train_dataset=load_triplets([DatasetSource(str(pairs_file))], num_negatives=2),
+        eval_dataset=task,
+        data_collator=TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2),
+    )
+
+
+@pytest.mark.parametrize("arguments", [Stage1Arguments, Stage2Arguments])
+@pytest.mark.parametrize("pooling_type", ["latent_attention", "self_attention", "mean", "eos"])
+def test_two_steps_move_what_is_trained_and_nothing_else(tmp_path, init_args, pairs_file, arguments, pooling_type):
+    from nvembed.train.init_checkpoint import main as init
+
+    init(init_args(tmp_path / "base", pooling_type=pooling_type))
+    trainer = make_trainer(tmp_path / "base", pairs_file, tmp_path / "out", arguments)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    trainer.train()
+    moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trained
+    kinds = {"lora" if "lora_" in name else "latent_attention_model" in name and "modules_to_save" in name for name in trained}
+    has_weights = pooling_type in ("latent_attention", "self_attention")
+    assert kinds == ({"lora", True} if has_weights else {"lora"}), "LoRA on the decoder, the pooling in full"
+    lora = {name for name in trained if "lora_" in name}
+    assert len(lora) == 3 * 7 * 2, "3 layers, 7 linear maps, A and B"
+
+
+def test_merged_checkpoint_equals_the_adapter_model(tmp_path, checkpoint, pairs_file, sentences):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out")
+    untrained = NVEmbedModel.from_pretrained(checkpoint).encode(sentences)
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    instruction = format_instruction("Complete")
+    adapted = trainer.model.encode(sentences, instruction=instruction)
+    assert (trainer.model.encode(sentences) - untrained).abs().max() > 1e-2, "training changed too little to compare"
+    trainer.save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged.encode(sentences, instruction=instruction), adapted, atol=1e-5, rtol=0)
+    assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
+    assert merged.state_dict().keys() == NVEmbedModel.from_pretrained(checkpoint).state_dict().keys()
+
+
+def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, task):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task, eval_steps=2)
+    trainer.train()
+    history = trainer.state.log_history
+    training = [log for log in history if "loss" in log]
+    assert len(training) == 2
+    assert all(log["tokens_per_second"] > 0 and log["learning_rate"] > 0 for log in training)
+    (evaluation,) = [log for log in history if "eval_ndcg_at_10" in log]
+    assert evaluation["step"] == 2
+    expected = ndcg_at_10(trainer.model.encode, task)
+    assert evaluation["eval_ndcg_at_10"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_training_lowers_the_loss(tmp_path, checkpoint, pairs_file):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=12, per_device_train_batch_size=8)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_full_fine_tuning_needs_no_peft(tmp_path, checkpoint, pairs_file):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", use_peft=False)
+    trainer.train()
+    trainer.save_merged()
+    base, tuned = NVEmbedModel.from_pretrained(checkpoint), NVEmbedModel.from_pretrained(tmp_path / "out")
+    names = [n for n, p in base.named_parameters() if not torch.equal(p, tuned.get_parameter(n))]
+    assert "embedding_model.layers.0.mlp.up_proj.weight" in names
+
+
+ACCELERATE = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+ACCELERATE += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # accelerate starts CPU processes by MPI only
+
+
+def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options):
+    arguments = ["--model_name_or_path", checkpoint, "--datasets", pairs_file, "--output_dir", output_dir]
+    arguments += ["--max_steps=2", "--warmup_steps=0", "--num_negatives=2", "--logging_steps=1", "--use_cpu"]
+    arguments += ["--learning_rate=1e-2", "--lora_dropout=0", *options]
+    command = [sys.executable, "-m", *launcher, ROOT / "train" / script, *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sentences):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_length: 64\nper_device_train_batch_size: 4\n")
+    stage1 = run_stage(ACCELERATE, "stage1.py", checkpoint, pairs_file, tmp_path / "one", "--config", recipe)
+    assert stage1.returncode == 0, stage1.stderr
+    stage2 = run_stage(ACCELERATE, "stage2.py", tmp_path / "one", pairs_file, tmp_path / "two", "--config", recipe)
+    assert stage2.returncode == 0, stage2.stderr
+    assert NVEmbedModel.from_pretrained(tmp_path / "two").encode(sentences).isfinite().all()
+
+    again = run_stage(ACCELERATE, "stage1.py", checkpoint, pairs_file, tmp_path / "one", "--config", recipe)
+    assert again.returncode != 0
+    assert "already holds a checkpoint" in again.stderr
+
+
+def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, sentences):
+    """DDP on gloo with half the batch each: the same weights after two steps as one process with the whole."""
+    for name, launcher, options in (
+        ("one", ACCELERATE, ["--per_device_train_batch_size=8"]),
+        ("two", TORCHRUN, ["--per_device_train_batch_size=4", "--ddp_backend=gloo"]),
+    ):
+        result = run_stage(launcher, "stage1.py", checkpoint, pairs_file, tmp_path / name, *options)
+        assert result.returncode == 0, result.stderr
+    one, two = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+    assert (one - NVEmbedModel.from_pretrained(checkpoint).encode(sentences)).abs().max() > 1e-2

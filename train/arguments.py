@@ -1,0 +1,92 @@
+"""Every option of the training scripts, as dataclasses for `trl.TrlParser`: YAML and command line alike."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from nvembed.train.data.registry import DatasetSource
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's `ModelConfig` with the paper's LoRA (Appendix, unverified): all linear layers of the decoder."""
+
+    use_peft: bool = field(default=True, metadata={"help": "LoRA on the decoder; off: train every weight."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Linear layers of the decoder that get LoRA."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default_factory=lambda: ["latent_attention_model"],
+        metadata={"help": "Modules trained in full: the latent (or self-) attention."},
+    )
+    lora_task_type: str | None = field(default=None, metadata={"help": "None: peft leaves our forward as it is."})
+
+
+@dataclass
+class DataArguments:
+    """The triplets to train on and the retrieval set to watch."""
+
+    datasets: list[DatasetSource] = field(
+        default_factory=list,
+        metadata={"help": "In a recipe a list of mappings (see DatasetSource); on the command line, paths."},
+    )
+    instruction: str = field(default="", metadata={"help": "Task definition for the datasets that name none."})
+    num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out retrieval set in BEIR layout, scored by nDCG@10 every eval_steps."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_dataset's qrels."})
+    eval_instruction: str = field(default="", metadata={"help": "Task definition of eval_dataset's queries."})
+
+    def __post_init__(self):
+        self.datasets = [DatasetSource(**source) if isinstance(source, dict) else source for source in self.datasets]
+        for source in self.datasets:
+            source.instruction = source.instruction or self.instruction
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives is {self.num_negatives}; it must be 0 or more")
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's optimizer (Appendix, unverified) and the settings of the loss."""
+
+    in_batch_negatives: bool = field(
+        default=True, metadata={"help": "Candidates from the whole batch (stage 1) or from the row alone (stage 2)."}
+    )
+    temperature: float = field(default=0.02, metadata={"help": "Divisor of the cosine similarities in the loss."})
+    weight_decay: float = field(default=0.03, metadata={"help": "AdamW's weight decay."})
+    warmup_steps: float = field(default=50, metadata={"help": "Linear warm-up: steps, or below 1 a share of them."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    save_strategy: str = field(default="no", metadata={"help": "Intermediate adapter checkpoints: no, steps, epoch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Every process needs batches of the same size to share negatives."}
+    )
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be > 0")
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        super().__post_init__()
+
+
+@dataclass
+class Stage1Arguments(StageArguments):
+    """Stage 1: retrieval data, in-batch and hard negatives (paper section 3.3)."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (Appendix, unverified)."})
+
+
+@dataclass
+class Stage2Arguments(StageArguments):
+    """Stage 2: all data blended, hard negatives only (paper section 3.3)."""
+
+    in_batch_negatives: bool = field(
+        default=False, metadata={"help": "Off: two texts of one class in a batch are not negatives of each other."}
+    )
+    learning_rate: float = field(default=1.5e-5, metadata={"help": "Peak learning rate (Appendix, unverified)."})

@@ -1,0 +1,114 @@
+"""What a recipe's `datasets:` says, and how each kind of data becomes triplets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
+
+from nvembed.train.data import classification, retrieval, sts, triplets
+from nvembed.train.data.tables import columns_of
+
+
+@dataclass
+class DatasetSource:
+    """One entry of a recipe's `datasets:`; on the command line, `--datasets PATH ...`.
+
+    Args:
+        path: a local file (JSONL, CSV, Parquet), a local folder, or a Hub dataset.
+        kind: how rows become triplets, a key of `KINDS`; None: by the layout and columns found.
+        split: which part of it.
+        instruction: the task definition, without "Instruct:"; every query carries it.
+        symmetric: the instruction goes on positives and negatives, too; None: as is usual for the kind.
+        samples: at most so many, chosen at random; None: all.
+        name: what logs call it; None: the last part of `path`.
+    """
+
+    path: str
+    kind: str | None = None
+    split: str = "train"
+    instruction: str = ""
+    symmetric: bool | None = None
+    samples: int | None = None
+    name: str | None = None
+
+    def __post_init__(self):
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"{self.path}: kind is {self.kind!r}; known kinds are {', '.join(sorted(KINDS))}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"{self.path}: samples is {self.samples}; it must be at least 1, or left out for all")
+        if self.name is None:
+            self.name = Path(self.path).stem
+
+
+@dataclass
+class Kind:
+    """`load(source, num_negatives, seed)` gives dictionaries of query, positive and negatives."""
+
+    load: Callable[[DatasetSource, int, int], list[dict]]
+    symmetric: bool
+
+
+KINDS = {
+    "triplets": Kind(triplets.load, symmetric=False),
+    "retrieval": Kind(retrieval.load, symmetric=False),
+    "sts": Kind(sts.load, symmetric=True),
+    "classification": Kind(classification.load_example_based, symmetric=True),
+    "clustering": Kind(classification.load_example_based, symmetric=True),
+    "label_classification": Kind(classification.load_label_based, symmetric=False),
+}
+
+TRIPLET_FEATURES = Features(
+    {
+        "query": Value("string"),
+        "positive": Value("string"),
+        "negatives": Sequence(Value("string")),
+        "dataset": Value("string"),
+        "instruction": Value("string"),
+        "symmetric": Value("bool"),
+    }
+)
+
+
+def load_triplets(sources: list[DatasetSource], num_negatives: int, seed: int = 0) -> Dataset:
+    """All sources as one dataset of triplets; the Trainer's shuffling blends them within each batch.
+
+    Raises:
+        ValueError: no source, a source that gives no triplet, or an unknown layout.
+    """
+    if not sources:
+        raise ValueError("datasets is empty: name at least one dataset in the recipe, or with --datasets PATH")
+    return concatenate_datasets([_load_source(source, num_negatives, seed) for source in sources])
+
+
+def _load_source(source: DatasetSource, num_negatives: int, seed: int) -> Dataset:
+    kind = KINDS[source.kind or infer_kind(source)]
+    records = kind.load(source, num_negatives, seed)
+    if not records:
+        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets")
+    usual = {"dataset": source.name, "instruction": "", "symmetric": kind.symmetric}
+    asked = {"instruction": source.instruction or None, "symmetric": source.symmetric}  # a recipe outranks the file
+    asked = {column: value for column, value in asked.items() if value is not None}
+    return Dataset.from_list([{**usual, **record, **asked} for record in records], features=TRIPLET_FEATURES)
+
+
+def infer_kind(source: DatasetSource) -> str:
+    """The kind whose layout or columns the source has.
+
+    Raises:
+        ValueError: none fits; what was found is named.
+    """
+    if (Path(source.path) / "corpus.jsonl").is_file():
+        return "retrieval"
+    columns = columns_of(source)
+    for kind, required in (
+        ("triplets", {"query", "positive"}),
+        ("sts", {"sentence1", "sentence2", "score"}),
+        ("classification", {"text", "label"}),
+    ):
+        if required <= columns:
+            return kind
+    raise ValueError(
+        f"{source.path}: unknown dataset layout with columns {sorted(columns)}; expected query, positive (and "
+        "negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl"
+    )

@@ -1,0 +1,140 @@
+"""Makes an untrained NV-Embed checkpoint from a Mistral- or Llama-layout decoder.
+
+    python train/init_checkpoint.py --base mistralai/Mistral-7B-v0.1 --output_dir runs/mistral
+    python train/init_checkpoint.py --base models/smollm2.gguf --num_layers 8 --output_dir runs/smollm2
+
+Its embedding is the mean of the decoder's states: the new block adds nothing yet (see `NVEmbedModel`).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+
+from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+
+
+SUPPORTED = ("mistral", "llama")
+
+
+@dataclass
+class InitArguments:
+    base: str = field(metadata={"help": "Decoder: Hub name, local folder, or .gguf file."})
+    output_dir: str = field(metadata={"help": "Folder to write; must not hold a checkpoint."})
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
+    num_layers: int | None = field(default=None, metadata={"help": "Keep the first so many layers; default all."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16"]})
+    pooling_type: str = field(default="latent_attention", metadata={"help": "See NVEmbedConfig."})
+    mask_type: str = field(default="b", metadata={"help": "b: bidirectional, c: causal."})
+    num_latents: int = field(default=512, metadata={"help": "Latents (paper: 512)."})
+    num_cross_heads: int = field(default=8, metadata={"help": "Heads of the latent attention (paper: 8)."})
+    cross_dim_head: int | None = field(default=None, metadata={"help": "Width of a head; default the hidden size."})
+    seed: int = field(default=0, metadata={"help": "Of the new weights."})
+
+
+def init_model(args: InitArguments) -> NVEmbedModel:
+    """Reads the decoder and builds the model around it.
+
+    Raises:
+        ValueError: the base is not Mistral/Llama-layout, or has fewer than `num_layers` layers.
+    """
+    base, gguf = args.base, {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    if Path(base).suffix == ".gguf":
+        base, gguf = str(Path(base).parent), {"gguf_file": Path(base).name}
+    decoder_config = AutoConfig.from_pretrained(base, **gguf)
+    _check_layout(args, decoder_config)
+    tokenizer = _embedding_tokenizer(AutoTokenizer.from_pretrained(base, **gguf), decoder_config, bool(gguf))
+
+    fields = {key: value for key, value in decoder_config.to_dict().items() if not key.endswith("name_or_path")}
+    fields.update(
+        num_hidden_layers=args.num_layers or decoder_config.num_hidden_layers,
+        sliding_window=None,
+        tie_word_embeddings=False,  # there is no output layer to tie to
+    )
+    hidden = decoder_config.hidden_size
+    config = NVEmbedConfig(
+        text_config=fields,
+        latent_attention_config={
+            "num_latents_value": args.num_latents,
+            "num_cross_heads": args.num_cross_heads,
+            "cross_dim_head": args.cross_dim_head or hidden,
+            "hidden_dim": hidden,
+            "latent_dim": hidden,
+        },
+        pooling_type=args.pooling_type,
+        mask_type=args.mask_type,
+        add_eos=False,  # the tokenizer does it
+    )
+    torch.manual_seed(args.seed)
+    model = NVEmbedModel(config)
+    decoder = AutoModel.from_pretrained(base, dtype=torch.float32, **gguf)
+    _load_decoder(model, decoder.state_dict(), base)
+    model.tokenizer = tokenizer
+    return model.to(getattr(torch, args.dtype))
+
+
+def _check_layout(args: InitArguments, config) -> None:
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"{args.base} is a {config.model_type!r} model; the base must be a decoder of Mistral or Llama layout "
+            f"(model_type {' or '.join(map(repr, SUPPORTED))})"
+        )
+    if args.num_layers is not None and not 1 <= args.num_layers <= config.num_hidden_layers:
+        raise ValueError(f"num_layers is {args.num_layers}; {args.base} has layers 1 to {config.num_hidden_layers}")
+
+
+def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: str) -> None:
+    wanted = model.embedding_model.state_dict()
+    kept = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith("layers.") or int(name.split(".")[1]) < model.config.text_config.num_hidden_layers
+    }
+    if kept.keys() != wanted.keys():
+        raise ValueError(
+            f"{base} is not of Mistral/Llama layout: unknown tensors {sorted(kept.keys() - wanted.keys())[:3]}, "
+            f"missing tensors {sorted(wanted.keys() - kept.keys())[:3]}"
+        )
+    model.embedding_model.load_state_dict(kept)
+
+
+def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokenizerFast:
+    """The base's tokenizer, made to write `<s>` text `</s>` by itself and to pad on the right.
+
+    Every user of the checkpoint gets the end token, whichever library tokenizes, and truncation keeps it.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if from_gguf:  # transformers reads the ids of a GGUF file into the config, and not always into the tokenizer
+        bos, eos = tokenizer.convert_ids_to_tokens([config.bos_token_id, config.eos_token_id])
+    if eos is None:
+        raise ValueError("the base's tokenizer has no end token, which every text needs; set its eos_token")
+    bos = bos or eos  # `<s>` starts every text: the instruction's mask counts on it
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {bos} $B {eos}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys((bos, eos))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token or eos,
+        padding_side="right",
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def main(args: InitArguments) -> None:
+    check_output_dir(args.output_dir)
+    write_checkpoint(init_model(args), args.output_dir)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(InitArguments).parse_args_into_dataclasses())

@@ -1,0 +1,105 @@
+"""The contrastive loss of both stages (paper section 3.3; Appendix, unverified, for its settings)."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+NO_TEXT = -1  # the identity of an empty slot; `collator.text_id` gives non-negative ones
+
+
+def info_nce(
+    queries: Tensor,
+    passages: Tensor,
+    query_ids: Tensor,
+    passage_ids: Tensor,
+    temperature: float = 0.02,
+    in_batch_negatives: bool = True,
+) -> Tensor:
+    """InfoNCE: cross-entropy of the positive among the candidates, on cosine similarity / temperature.
+
+    A row's candidates are its own positive and hard negatives. With `in_batch_negatives` (stage 1) they are the
+    positives and hard negatives of every row of the batch, on every process; gradients flow back to all of them.
+    A candidate is left out when it cannot be a negative: its text is the row's query or positive, or it is a positive
+    of the same query in another row.
+
+    Under DDP each process returns the mean over its own rows. The gradients that DDP averages are those of the mean
+    over the whole batch, because the gathered passages carry each process's share back; no factor is needed.
+
+    Args:
+        queries: `[batch, hidden]`, L2-normalized.
+        passages: `[batch, 1 + negatives, hidden]`, L2-normalized, the positive first.
+        query_ids: the texts' identities (`collator.text_id`), `[batch]`.
+        passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` where a row has fewer negatives than others.
+        temperature: divisor of the similarities; the paper gives none, 0.02 is NVIDIA's later setting.
+        in_batch_negatives: candidates from the whole batch (stage 1) or from the row alone (stage 2).
+
+    Returns:
+        The mean over the rows, a scalar.
+
+    Raises:
+        ValueError: `temperature` is not positive, or the shapes do not belong together.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be > 0 (the paper's successors use 0.02)")
+    if passages.ndim != 3 or len(queries) != len(passages) or passages.shape[:2] != passage_ids.shape:
+        raise ValueError(
+            f"queries {tuple(queries.shape)}, passages {tuple(passages.shape)} and passage_ids "
+            f"{tuple(passage_ids.shape)} must be [batch, hidden], [batch, 1 + negatives, hidden] and "
+            "[batch, 1 + negatives]"
+        )
+    if not in_batch_negatives:
+        similarity = torch.einsum("bd,bnd->bn", queries, passages)
+        allowed = is_negative(query_ids, passage_ids[:, 0], passage_ids)
+        target = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    else:
+        rank = dist.get_rank() if _is_distributed() else 0
+        rows, per_row, _ = passages.shape
+        candidates = gather(passages)  # [world * batch, 1 + negatives, hidden]
+        candidate_ids, all_queries = gather(passage_ids), gather(query_ids)
+        similarity = queries @ candidates.flatten(0, 1).T
+        allowed = is_negative(query_ids, passage_ids[:, 0], candidate_ids.flatten()[None])
+        same_query = query_ids[:, None] == all_queries[None]  # [batch, world * batch]
+        allowed.view(rows, -1, per_row)[:, :, 0] &= ~same_query
+        target = (rank * rows + torch.arange(rows, device=queries.device)) * per_row
+    allowed = allowed.scatter(1, target[:, None], True)
+    logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
+    return F.cross_entropy(logits, target)
+
+
+def is_negative(query_ids: Tensor, positive_ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Whether a candidate's text differs from the row's query and positive, and is a text at all; `[batch, n]`."""
+    return (
+        (candidate_ids != NO_TEXT)
+        & (candidate_ids != query_ids[:, None])
+        & (candidate_ids != positive_ids[:, None])
+    )
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenates `x` of all processes along its first dimension, with gradients where `x` has them."""
+    if not _is_distributed():
+        return x
+    return _AllGather.apply(x)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every process's loss depends on these rows: sum their gradients, then keep this process's part.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

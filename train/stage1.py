@@ -1,0 +1,45 @@
+"""Stage 1: contrastive instruction tuning on retrieval data, in-batch and hard negatives (paper section 3.3).
+
+    accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml --output_dir runs/stage1
+"""
+
+from transformers import set_seed
+from trl import TrlParser
+
+from nvembed.eval.retrieval import read_beir
+from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, StageArguments
+from nvembed.train.checkpoints import check_output_dir
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.registry import load_triplets
+from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
+    check_output_dir(training_args.output_dir)
+    set_seed(training_args.seed)  # LoRA's first weights are drawn before the Trainer sets it
+    model = NVEmbedModel.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
+    )
+    with training_args.main_process_first(desc="loading triplets"):
+        triplets = load_triplets(data_args.datasets, data_args.num_negatives, training_args.seed)
+    held_out = None
+    if data_args.eval_dataset is not None:
+        held_out = read_beir(data_args.eval_dataset, data_args.eval_split, data_args.eval_instruction)
+
+    trainer = EmbeddingTrainer(
+        model=add_adapter(model, model_args),
+        args=training_args,
+        train_dataset=triplets,
+        eval_dataset=held_out,
+        eval_max_length=data_args.max_length,
+        data_collator=TripletCollator(
+            model.tokenizer, model.config, data_args.max_length, data_args.num_negatives
+        ),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_merged()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ModelArguments, DataArguments, Stage1Arguments)).parse_args_and_config())

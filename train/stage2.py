@@ -1,0 +1,13 @@
+"""Stage 2: retrieval and non-retrieval data blended in every batch, hard negatives only (paper section 3.3).
+
+    accelerate launch train/stage2.py --config train/recipes/quickstart-stage2.yaml --output_dir runs/stage2
+"""
+
+from trl import TrlParser
+
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage2Arguments
+from nvembed.train.stage1 import main
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ModelArguments, DataArguments, Stage2Arguments)).parse_args_and_config())

@@ -1,0 +1,85 @@
+"""`transformers.Trainer` for triplets: contrastive loss, nDCG@10 as its evaluation, tokens/s in its log."""
+
+import time
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer
+from trl import get_peft_config
+
+from nvembed.eval.retrieval import RetrievalTask, ndcg_at_10
+from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.arguments import ModelArguments
+from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.losses import info_nce
+
+
+def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
+    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32."""
+    config = get_peft_config(model_args)
+    if config is None:
+        return model
+    pooling = model.latent_attention_model
+    if not any(True for _ in pooling.parameters()):
+        config.modules_to_save = None  # mean and eos pooling have nothing to train
+    pooling.float()  # bf16 weights would lose updates of the size of the paper's learning rate
+    return get_peft_model(model, config)
+
+
+def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
+    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load."""
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return model.to(model.embedding_model.norm.weight.dtype)
+
+
+class EmbeddingTrainer(Trainer):
+    """Trains on batches of `TripletCollator`; `eval_dataset` is a `RetrievalTask`."""
+
+    def __init__(self, *args, eval_dataset: RetrievalTask | None = None, eval_max_length: int = 512, **kwargs):
+        super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        self.eval_max_length = eval_max_length
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._clock = time.perf_counter()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        embeddings = torch.cat([model(**group).sentence_embeddings for group in inputs["groups"]])
+        self._tokens += sum(group["attention_mask"].sum() for group in inputs["groups"])
+        loss = info_nce(
+            embeddings[inputs["query_index"]],
+            embeddings[inputs["passage_index"]],
+            inputs["query_ids"],
+            inputs["passage_ids"],
+            self.args.temperature,
+            self.args.in_batch_negatives,
+        )
+        return (loss, {"embeddings": embeddings}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """nDCG@10 on the held-out retrieval set; every process computes the same number."""
+        start = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():  # the autocast of training
+            score = ndcg_at_10(model.encode, eval_dataset or self.eval_dataset, max_length=self.eval_max_length)
+        metrics = {f"{metric_key_prefix}_ndcg_at_10": round(score, 5)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._clock += time.perf_counter() - start  # tokens/s counts training alone
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            tokens = self.accelerator.reduce(self._tokens).item()
+            logs["tokens_per_second"] = round(tokens / (now - self._clock), 1)
+            self._tokens.zero_()
+            self._clock = now
+        super().log(logs, start_time)
+
+    def save_merged(self) -> None:
+        """Writes the merged checkpoint to `output_dir`, on the main process."""
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_checkpoint(merge_adapter(self.accelerator.unwrap_model(self.model)), self.args.output_dir)
+        self.accelerator.wait_for_everyone()
