@@ -260,9 +260,7 @@ class SelfAttention(MeanPooling):
     def __init__(self, config: LatentAttentionConfig):
         super().__init__(config)
         dim = config.hidden_dim
-        self.self_attend_blocks = nn.ModuleList(
-            [PreNorm(dim, Attention(config, dim)), PreNorm(dim, FeedForward(dim))]
-        )
+        self.self_attend_blocks = nn.ModuleList([PreNorm(dim, Attention(config, dim)), PreNorm(dim, FeedForward(dim))])
 
     def forward(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         attend, feed = self.self_attend_blocks

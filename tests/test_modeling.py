@@ -23,7 +23,11 @@ INSTRUCTION = format_instruction("Given a question, retrieve")
 @pytest.fixture(scope="module")
 def golden(golden_dir):
     cases = {case["name"]: case for case in json.loads((golden_dir / "cases.json").read_text())}
-    return NVEmbedModel.from_pretrained(golden_dir / "checkpoint"), cases, load_file(golden_dir / "expected.safetensors")
+    return (
+        NVEmbedModel.from_pretrained(golden_dir / "checkpoint"),
+        cases,
+        load_file(golden_dir / "expected.safetensors"),
+    )
 
 
 CASES = ["queries", "passages", "symmetric", "truncated", "truncated_passages", "no_trailing_space"]

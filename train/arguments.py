@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from nvembed.train.data.registry import DatasetSource
+from nvembed.train.data.registry import DatasetSource, as_source
 
 
 @dataclass
@@ -43,7 +43,7 @@ class DataArguments:
     eval_instruction: str = field(default="", metadata={"help": "Task definition of eval_dataset's queries."})
 
     def __post_init__(self):
-        self.datasets = [DatasetSource(**source) if isinstance(source, dict) else source for source in self.datasets]
+        self.datasets = [as_source(entry) for entry in self.datasets]
         for source in self.datasets:
             source.instruction = source.instruction or self.instruction
         if self.num_negatives < 0:

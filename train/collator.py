@@ -71,4 +71,3 @@ class TripletCollator:
             "query_ids": torch.tensor(query_ids),
             "passage_ids": torch.tensor(passage_ids),
         }
-

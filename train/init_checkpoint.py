@@ -27,7 +27,9 @@ class InitArguments:
     output_dir: str = field(metadata={"help": "Folder to write; must not hold a checkpoint."})
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep the first so many layers; default all."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16"]})
+    dtype: str = field(
+        default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16"]}
+    )
     pooling_type: str = field(default="latent_attention", metadata={"help": "See NVEmbedConfig."})
     mask_type: str = field(default="b", metadata={"help": "b: bidirectional, c: causal."})
     num_latents: int = field(default=512, metadata={"help": "Latents (paper: 512)."})

@@ -70,11 +70,7 @@ def info_nce(
 
 def is_negative(query_ids: Tensor, positive_ids: Tensor, candidate_ids: Tensor) -> Tensor:
     """Whether a candidate's text differs from the row's query and positive, and is a text at all; `[batch, n]`."""
-    return (
-        (candidate_ids != NO_TEXT)
-        & (candidate_ids != query_ids[:, None])
-        & (candidate_ids != positive_ids[:, None])
-    )
+    return (candidate_ids != NO_TEXT) & (candidate_ids != query_ids[:, None]) & (candidate_ids != positive_ids[:, None])
 
 
 def gather(x: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ def evaluate(checkpoint: Path) -> dict[str, float]:
     """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
     model = NVEmbedModel.from_pretrained(checkpoint)
     options = {"max_length": MAX_LENGTH, "show_progress_bar": True}
-    task = read_beir(str(RUN / "data" / "retrieval-test"), "test", RETRIEVAL_INSTRUCTION)
-    rows = [json.loads(line) for line in (RUN / "data" / "modules" / "test.jsonl").read_text().splitlines()]
+    task = read_beir(str(RUN / "data" / "held_out"), "test", RETRIEVAL_INSTRUCTION)
+    rows = [json.loads(line) for line in (RUN / "data" / "modules" / "held_out.jsonl").read_text().splitlines()]
     texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     return {
         "nDCG@10": 100 * ndcg_at_10(model.encode, task, **options),
@@ -94,7 +94,7 @@ def launch(script: str, *arguments: str) -> None:
 def answer(checkpoint: Path) -> None:
     """Answers the sample questions in a process that has only transformers and the checkpoint."""
     script = ROOT / "train" / "quickstart_answers.py"
-    subprocess.run([sys.executable, "-I", script, checkpoint, RUN / "data" / "retrieval-test", *QUESTIONS], check=True)
+    subprocess.run([sys.executable, "-I", script, checkpoint, RUN / "data" / "held_out", *QUESTIONS], check=True)
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
@@ -116,7 +116,7 @@ def main() -> None:
     start = time.perf_counter()
     logger.info("1/6 reading the documentation of this Python")
     counts = write_datasets(RUN / "data")
-    logger.info("%d pairs to train on, %d of held-out modules to test on", counts["train"], counts["test"])
+    logger.info("pairs of summary and documentation: %s", counts)
 
     logger.info("2/6 an NV-Embed checkpoint from the first %d layers of %s", NUM_LAYERS, Path(base).name)
     shape = [f"--num_layers={NUM_LAYERS}", "--num_latents=128", "--cross_dim_head=72"]
@@ -135,9 +135,9 @@ def main() -> None:
     logger.info("5/6 the checkpoint in a process without this package")
     answer(checkpoint)
     logger.info("6/6 done in %.1f minutes, downloads aside", (time.perf_counter() - start) / 60)
-    print(f"\nHeld-out modules of the standard library, {counts['test']} pairs (percent)\n{table(scores)}")
+    print(f"\nHeld-out modules of the standard library, {counts['held_out']} pairs (percent)\n{table(scores)}")
     (RUN / "scores.json").write_text(json.dumps(scores, indent=1))
-    print(f"\nThe model is in {checkpoint}; use it as README.md shows under \"Encode\".")
+    print(f'\nThe model is in {checkpoint}; use it as README.md shows under "Encode".')
 
 
 if __name__ == "__main__":

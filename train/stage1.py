@@ -1,6 +1,6 @@
 """Stage 1: contrastive instruction tuning on retrieval data, in-batch and hard negatives (paper section 3.3).
 
-    accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml --output_dir runs/stage1
+accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml --output_dir runs/stage1
 """
 
 from transformers import set_seed
@@ -33,9 +33,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         train_dataset=triplets,
         eval_dataset=held_out,
         eval_max_length=data_args.max_length,
-        data_collator=TripletCollator(
-            model.tokenizer, model.config, data_args.max_length, data_args.num_negatives
-        ),
+        data_collator=TripletCollator(model.tokenizer, model.config, data_args.max_length, data_args.num_negatives),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_merged()

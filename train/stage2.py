@@ -1,6 +1,6 @@
 """Stage 2: retrieval and non-retrieval data blended in every batch, hard negatives only (paper section 3.3).
 
-    accelerate launch train/stage2.py --config train/recipes/quickstart-stage2.yaml --output_dir runs/stage2
+accelerate launch train/stage2.py --config train/recipes/quickstart-stage2.yaml --output_dir runs/stage2
 """
 
 from trl import TrlParser

@@ -34,11 +34,21 @@ def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
 
 
 class EmbeddingTrainer(Trainer):
-    """Trains on batches of `TripletCollator`; `eval_dataset` is a `RetrievalTask`."""
+    """Trains on batches of `TripletCollator`; `eval_dataset` is a `RetrievalTask`.
+
+    Raises:
+        ValueError: fewer triplets than one batch of all processes holds.
+    """
 
     def __init__(self, *args, eval_dataset: RetrievalTask | None = None, eval_max_length: int = 512, **kwargs):
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
         self.eval_max_length = eval_max_length
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        if self.train_dataset is not None and len(self.train_dataset) < batch:
+            raise ValueError(
+                f"{len(self.train_dataset)} triplets do not fill one batch of {batch} (per_device_train_batch_size x "
+                f"processes); lower per_device_train_batch_size or add data"
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._clock = time.perf_counter()

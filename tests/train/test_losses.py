@@ -110,7 +110,11 @@ def test_two_processes_equal_one(tmp_path, in_batch_negatives):
 
     normalize = torch.nn.functional.normalize
     loss = info_nce(
-        normalize(encoder(queries), dim=-1), normalize(encoder(passages), dim=-1), query_ids, passage_ids, *job["options"]
+        normalize(encoder(queries), dim=-1),
+        normalize(encoder(passages), dim=-1),
+        query_ids,
+        passage_ids,
+        *job["options"],
     )
     loss.backward()
     assert abs(sum(result["loss"] for result in results) / 2 - loss.item()) < 1e-6

@@ -26,7 +26,9 @@ def pairs_file(tmp_path, sentences):
     """Each sentence's first half finds its second."""
     path = tmp_path / "pairs.jsonl"
     halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in sentences]
-    path.write_text("".join(json.dumps({"query": q, "positive": p, "instruction": "Complete"}) + "\n" for q, p in halves))
+    path.write_text(
+        "".join(json.dumps({"query": q, "positive": p, "instruction": "Complete"}) + "\n" for q, p in halves)
+    )
     return path
 
 
@@ -62,7 +64,10 @@ def test_two_steps_move_what_is_trained_and_nothing_else(tmp_path, init_args, pa
     trainer.train()
     moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == trained
-    kinds = {"lora" if "lora_" in name else "latent_attention_model" in name and "modules_to_save" in name for name in trained}
+    kinds = {
+        "lora" if "lora_" in name else "latent_attention_model" in name and "modules_to_save" in name
+        for name in trained
+    }
     has_weights = pooling_type in ("latent_attention", "self_attention")
     assert kinds == ({"lora", True} if has_weights else {"lora"}), "LoRA on the decoder, the pooling in full"
     lora = {name for name in trained if "lora_" in name}
@@ -115,7 +120,11 @@ def test_full_fine_tuning_needs_no_peft(tmp_path, checkpoint, pairs_file):
 
 ACCELERATE = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
 ACCELERATE += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # accelerate starts CPU processes by MPI only
+TORCHRUN = [
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+]  # accelerate starts CPU processes by MPI only
 
 
 def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options):
@@ -151,3 +160,8 @@ def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, sentences)
     one, two = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
     assert (one - NVEmbedModel.from_pretrained(checkpoint).encode(sentences)).abs().max() > 1e-2
+
+
+def test_too_few_triplets_are_an_error_before_training(tmp_path, checkpoint, pairs_file):
+    with pytest.raises(ValueError, match="8 triplets do not fill one batch of 9"):
+        make_trainer(checkpoint, pairs_file, tmp_path / "out", per_device_train_batch_size=9)

@@ -96,11 +96,16 @@ def write_triplets(records, output: str) -> int:
         raise FileExistsError(f"{path} exists; name another --output or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for count, record in enumerate(records, start=1):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-    return count
+    lines = 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                lines += 1
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return lines
 
 
 def main() -> None:

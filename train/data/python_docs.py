@@ -70,22 +70,26 @@ def is_held_out(module: str) -> bool:
 
 
 def write_datasets(folder: Path, max_per_package: int = 500) -> dict[str, int]:
-    """Writes `retrieval/` (BEIR layout, splits train and test) and `modules/` (`text`, `label`).
+    """Writes three retrieval sets in BEIR layout, and their modules as classes (`text`, `label`).
+
+    `library` and `packages` are for training (split `train`), `held_out` for testing (split `test`); `modules/` has
+    one file for each. A training text that is also a held-out one is left out.
 
     Returns:
-        Counts of pairs: "train" and "test".
+        The number of pairs of each set.
     """
     library = standard_library()
-    test = [pair for pair in library if is_held_out(pair.module)]
-    seen = {text for pair in test for text in (pair.summary, pair.body)}
-    train = [pair for pair in library if not is_held_out(pair.module)] + installed_packages(max_per_package)
-    train = [pair for pair in train if pair.summary not in seen and pair.body not in seen]
-    for split, pairs in (("train", train), ("test", test)):
-        _write_beir(folder / f"retrieval-{split}", pairs, split)
+    held_out = [pair for pair in library if is_held_out(pair.module)]
+    seen = {text for pair in held_out for text in (pair.summary, pair.body)}
+    others = [pair for pair in library if not is_held_out(pair.module)]
+    packages = [pair for pair in installed_packages(max_per_package) if not {pair.summary, pair.body} & seen]
+    sets = {"library": others, "packages": packages, "held_out": held_out}
+    for name, pairs in sets.items():
+        _write_beir(folder / name, pairs, "test" if name == "held_out" else "train")
         sizes = Counter(pair.module for pair in pairs)
         classes = (pair for pair in pairs if sizes[pair.module] >= MIN_CLASS_SIZE)
-        _write_jsonl(folder / "modules" / f"{split}.jsonl", ({"text": p.summary, "label": p.module} for p in classes))
-    return {"train": len(train), "test": len(test)}
+        _write_jsonl(folder / "modules" / f"{name}.jsonl", ({"text": p.summary, "label": p.module} for p in classes))
+    return {name: len(pairs) for name, pairs in sets.items()}
 
 
 def _pairs(path: Path, root: Path, module_depth: int) -> Iterator[DocPair]:

@@ -1,7 +1,7 @@
 """What a recipe's `datasets:` says, and how each kind of data becomes triplets."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
@@ -39,6 +39,22 @@ class DatasetSource:
             raise ValueError(f"{self.path}: samples is {self.samples}; it must be at least 1, or left out for all")
         if self.name is None:
             self.name = Path(self.path).stem
+
+
+def as_source(entry: DatasetSource | dict) -> DatasetSource:
+    """A recipe's mapping as a `DatasetSource`.
+
+    Raises:
+        ValueError: a key is unknown, or `path` is missing.
+    """
+    if isinstance(entry, DatasetSource):
+        return entry
+    known = [field.name for field in fields(DatasetSource)]
+    unknown = sorted(entry.keys() - set(known))
+    if unknown or "path" not in entry:
+        fault = f"unknown key {unknown[0]!r}" if unknown else "no path"
+        raise ValueError(f"datasets: {entry} has {fault}; an entry has path and, as needed, {', '.join(known[1:])}")
+    return DatasetSource(**entry)
 
 
 @dataclass

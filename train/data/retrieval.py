@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
     task = read_beir(source.path, source.split)
-    relevant = {
-        query: [task.corpus[document] for document in documents] for query, documents in task.qrels.items()
-    }
+    relevant = {query: [task.corpus[document] for document in documents] for query, documents in task.qrels.items()}
     pairs = [
         {"query": task.queries[query], "positive": positive, "known_positives": positives}
         for query, positives in relevant.items()

@@ -68,7 +68,9 @@ def test_sts(tmp_path):
 
 @pytest.fixture
 def labelled(tmp_path):
-    rows = [{"text": f"{label} text {i}", "label": label} for label in ("card_lost", "card_new", "rate") for i in range(4)]
+    rows = [
+        {"text": f"{label} text {i}", "label": label} for label in ("card_lost", "card_new", "rate") for i in range(4)
+    ]
     write_jsonl(tmp_path / "train.jsonl", [*rows, {"text": "alone", "label": "single"}])
     return tmp_path
 

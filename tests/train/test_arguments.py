@@ -1,0 +1,58 @@
+import pytest
+from trl import TrlParser
+
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.data.registry import DatasetSource
+
+
+RECIPE = """
+output_dir: {out}
+instruction: For all
+temperature: 0.05
+datasets:
+  - path: a
+    kind: sts
+    instruction: Its own
+  - path: b/c.jsonl
+    samples: 5
+"""
+
+
+def parse(tmp_path, text, *arguments, stage=Stage1Arguments):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.format(out=tmp_path / "out"))
+    parser = TrlParser((ModelArguments, DataArguments, stage))
+    return parser.parse_args_and_config(["--config", str(recipe), *arguments])
+
+
+def test_recipe_and_command_line(tmp_path):
+    model_args, data_args, training_args = parse(tmp_path, RECIPE, "--temperature", "0.1", "--eval_steps", "7")
+    assert data_args.datasets == [
+        DatasetSource("a", "sts", instruction="Its own", name="a"),
+        DatasetSource("b/c.jsonl", instruction="For all", samples=5, name="c"),
+    ]
+    assert training_args.temperature == 0.1, "the command line outranks the recipe"
+    assert training_args.eval_strategy == "steps"
+    assert training_args.in_batch_negatives
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, 0.1)
+    assert not parse(tmp_path, RECIPE, stage=Stage2Arguments)[2].in_batch_negatives
+
+
+def test_datasets_on_the_command_line_are_paths(tmp_path):
+    _, data_args, _ = parse(tmp_path, "output_dir: {out}\n", "--datasets", "x.jsonl", "y")
+    assert data_args.datasets == [DatasetSource("x.jsonl"), DatasetSource("y")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temprature: 1\n", r"Unknown arguments from config file: \['--temprature', '1'\]"),
+        ("datasets: [{{path: a, sampels: 3}}]\n", "has unknown key 'sampels'; an entry has path and, as needed, kind"),
+        ("datasets: [{{kind: sts}}]\n", "has no path"),
+        ("temperature: 0\n", "temperature is 0"),
+        ("num_negatives: -1\n", "num_negatives is -1"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        parse(tmp_path, "output_dir: {out}\n" + text)
