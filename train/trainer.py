@@ -70,7 +70,7 @@ class EmbeddingTrainer(Trainer):
         """nDCG@10 on the held-out retrieval set; every process computes the same number."""
         start = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():  # the autocast of training
+        with self.accelerator.autocast():  # as in training: the pooling is fp32, the decoder may be bf16
             score = ndcg_at_10(model.encode, eval_dataset or self.eval_dataset, max_length=self.eval_max_length)
         metrics = {f"{metric_key_prefix}_ndcg_at_10": round(score, 5)}
         self.log(metrics)

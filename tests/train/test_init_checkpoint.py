@@ -1,5 +1,6 @@
 import json
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
@@ -76,3 +77,49 @@ def test_a_failed_save_leaves_nothing(tmp_path, model, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(model, str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def write_gguf(decoder_dir, path):
+    """The tiny decoder as llama.cpp's converter writes it: other names, rotary halves interleaved, byte-level BPE."""
+    weights = AutoModel.from_pretrained(decoder_dir).state_dict()
+    tokenizer = json.loads((decoder_dir / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokenizer["vocab"]))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_types([3 if i < 2 else 1 for i in range(len(tokenizer["vocab"]))])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"layers.": "blk.", "embed_tokens": "token_embd", "norm.weight": "norm.weight"}
+    for name, weight in weights.items():
+        if name == "norm.weight":
+            name = "output_norm.weight"
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if "attn_q" in name or "attn_k" in name:
+            weight = weight.view(-1, 2, 4, 32).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(name, weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_base_equals_the_folder(tmp_path, init_args, decoder_dir, sentences):
+    write_gguf(decoder_dir, tmp_path / "tiny.gguf")
+    from_file = init_model(init_args(base=str(tmp_path / "tiny.gguf")))
+    from_folder = init_model(init_args())
+    assert from_file.tokenizer(sentences)["input_ids"] == from_folder.tokenizer(sentences)["input_ids"]
+    torch.testing.assert_close(from_file.encode(sentences), from_folder.encode(sentences), atol=1e-5, rtol=0)

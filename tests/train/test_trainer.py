@@ -39,8 +39,10 @@ def task(sentences):
     return RetrievalTask("halves", half, rest, {i: {i: 1} for i in half}, "Complete")
 
 
-def make_trainer(checkpoint, pairs_file, output_dir, arguments=Stage1Arguments, task=None, use_peft=True, **options):
-    model = NVEmbedModel.from_pretrained(checkpoint)
+def make_trainer(
+    checkpoint, pairs_file, output_dir, arguments=Stage1Arguments, task=None, use_peft=True, dtype=None, **options
+):
+    model = NVEmbedModel.from_pretrained(checkpoint, dtype=dtype)
     defaults = {"max_steps": 2, "warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 1e-2, "logging_steps": 1}
     defaults |= {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
     return EmbeddingTrainer(
@@ -165,3 +167,19 @@ def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, sentences)
 def test_too_few_triplets_are_an_error_before_training(tmp_path, checkpoint, pairs_file):
     with pytest.raises(ValueError, match="8 triplets do not fill one batch of 9"):
         make_trainer(checkpoint, pairs_file, tmp_path / "out", per_device_train_batch_size=9)
+
+
+def test_paper_recipes_options_work_together(tmp_path, checkpoint, pairs_file, task, sentences):
+    """bf16 base and autocast, gradient checkpointing, an evaluation on the way: merged back to bf16."""
+    options = {"bf16": True, "gradient_checkpointing": True, "eval_steps": 1}
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task, dtype=torch.bfloat16, **options)
+    pooling = trainer.model.latent_attention_model
+    assert {parameter.dtype for parameter in pooling.parameters()} == {torch.float32}
+    trainer.train()
+    assert trainer.model.get_base_model().embedding_model.gradient_checkpointing
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted = trainer.model.encode(sentences)
+    trainer.save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert torch.cosine_similarity(merged.encode(sentences), adapted).min() > 0.99
