@@ -47,7 +47,7 @@ def standard_library() -> list[DocPair]:
     return _unique(pair for path in tqdm(files, desc="Standard library", unit="file") for pair in _pairs(path, root, 1))
 
 
-def installed_packages(max_per_package: int = 500) -> list[DocPair]:
+def installed_packages(max_per_package: int = 100) -> list[DocPair]:
     """Docstrings of the packages beside the standard library, up to `max_per_package` each, in a fixed order."""
     root = Path(sysconfig.get_paths()["purelib"])
     packages = sorted(path for path in root.iterdir() if (path / "__init__.py").is_file())
@@ -69,7 +69,7 @@ def is_held_out(module: str) -> bool:
     return _hash(module) % 100 < HELD_OUT_PERCENT
 
 
-def write_datasets(folder: Path, max_per_package: int = 500) -> dict[str, int]:
+def write_datasets(folder: Path, max_per_package: int = 100) -> dict[str, int]:
     """Writes three retrieval sets in BEIR layout, and their modules as classes (`text`, `label`).
 
     `library` and `packages` are for training (split `train`), `held_out` for testing (split `test`); `modules/` has
