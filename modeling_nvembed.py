@@ -5,7 +5,7 @@ arXiv 2405.17428. Modules carry the names of the released weights. The file foll
 attention, decoder layer, decoder, pooling, model, `encode`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,10 @@ def inverse_frequencies(config: BidirectionalMistralConfig, device: torch.device
         ValueError: a rope type whose frequencies depend on the length of the text.
     """
     # transformers 5 keeps theta and scaling in `rope_parameters`, transformers 4 in two fields.
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+    rope = getattr(config, "rope_parameters", None) or {
+        "rope_theta": config.rope_theta,
+        **(getattr(config, "rope_scaling", None) or {}),
+    }
     rope_type = rope.get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
         raise ValueError(f"rope_type {rope_type!r} depends on the text's length; default, linear, llama3, yarn work")
@@ -69,7 +72,7 @@ class MistralAttention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.is_grouped = heads != kv_heads
+        self.groups = heads // kv_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
@@ -80,9 +83,10 @@ class MistralAttention(nn.Module):
         q = rotate(self.q_proj(x).view(head_shape).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(head_shape).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(head_shape).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
+        if self.groups > 1:  # not `enable_gqa`: with a mask it has no fused kernel on CUDA
+            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -306,21 +310,31 @@ def tokenize(
     last of them, the space behind "Query:", which joins the first word of the text.
 
     Raises:
-        ValueError: an instruction fills `max_length` and leaves no token to pool.
+        ValueError: `max_length` is no positive integer, or an instruction fills it and leaves no text to pool.
     """
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens, 1 or more")
     end = tokenizer.eos_token if config.add_eos else ""
     full = [instruction + text + end for instruction, text in zip(instructions, texts, strict=True)]
     rows = tokenizer(full, max_length=max_length, truncation=True)["input_ids"]
     lengths = {"": 0}
     if config.is_mask_instruction:
         lengths |= {prefix: len(tokenizer.tokenize(prefix)) for prefix in set(instructions) if prefix}
-    for row, prefix in zip(rows, instructions):
-        if lengths.get(prefix, 0) >= len(row):
+    for row, prefix, text, whole in zip(rows, instructions, texts, full):
+        left = len(row) - lengths.get(prefix, 0)
+        # Of a cut row a few tokens may be left and still none of the text: the prefix's last space, `</s>`.
+        is_cut = prefix and text and len(row) == max_length and left <= 3
+        if left < 1 or (is_cut and not _holds_text(tokenizer, whole, len(prefix), max_length)):
             raise ValueError(
                 f"the instruction {prefix!r} is {lengths[prefix]} tokens long and max_length is {max_length}: "
                 "no token of the text is left to pool; raise max_length or shorten the instruction"
             )
     return [TokenizedText(row, lengths.get(prefix, 0)) for row, prefix in zip(rows, instructions)]
+
+
+def _holds_text(tokenizer: PreTrainedTokenizerFast, whole: str, prefix_length: int, max_length: int) -> bool:
+    spans = tokenizer(whole, max_length=max_length, truncation=True, return_offsets_mapping=True)["offset_mapping"]
+    return any(end > prefix_length for _, end in spans)
 
 
 def pad(texts: list[TokenizedText], pad_token_id: int) -> dict[str, Tensor]:
@@ -430,7 +444,7 @@ class NVEmbedModel(PreTrainedModel):
     @torch.no_grad()
     def encode(
         self,
-        prompts: list[str],
+        prompts: Iterable[str],
         instruction: str = "",
         max_length: int = 4096,
         batch_tokens: int | None = None,
@@ -453,7 +467,7 @@ class NVEmbedModel(PreTrainedModel):
             TypeError: `prompts` is a single string, or holds something else than strings.
             ValueError: no prompts; `max_length` leaves nothing to pool; the model has no tokenizer.
         """
-        self._check_prompts(prompts)
+        prompts = self._check_prompts(prompts, instruction)
         texts = tokenize(self.tokenizer, self.config, prompts, [instruction] * len(prompts), max_length)
         batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         batches = list(length_sorted_batches([len(text.input_ids) for text in texts], batch_tokens))
@@ -473,28 +487,41 @@ class NVEmbedModel(PreTrainedModel):
             self.train(was_training)
         return embeddings
 
-    def _check_prompts(self, prompts: list[str]) -> None:
+    def _check_prompts(self, prompts: Iterable[str], instruction: str) -> list[str]:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load one with `from_pretrained`, or set `model.tokenizer`")
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the string {prompts[:40]!r}; encode takes a list: encode([text])")
+        if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
+            raise TypeError(f"prompts is of type {type(prompts).__name__}; encode takes a list of strings")
+        if not isinstance(instruction, str):
+            raise TypeError(f"instruction is {instruction!r}, not a string; leave it out for no instruction")
+        prompts = list(prompts)
         if len(prompts) == 0:
             raise ValueError("prompts is an empty list; encode needs at least one text")
         for position, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompts[{position}] is {prompt!r} of type {type(prompt).__name__}, not a string")
+        return prompts
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer that lies beside them."""
+        """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer that lies beside them.
+
+        Raises:
+            ValueError: the checkpoint is another kind of model, or has no tokenizer.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        hub_options = {name: kwargs[name] for name in names if name in kwargs}
+        saved, _ = NVEmbedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
+        if saved.get("model_type") != NVEmbedConfig.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {saved.get('model_type')!r} model, not an NV-Embed checkpoint; "
+                "train/init_checkpoint.py --base makes one from a decoder"
+            )
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
-        hub_options = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-        model.tokenizer = load_tokenizer(
-            pretrained_model_name_or_path,
-            model.config,
-            **{name: kwargs[name] for name in hub_options if name in kwargs},
-        )
+        model.tokenizer = load_tokenizer(pretrained_model_name_or_path, model.config, **hub_options)
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:

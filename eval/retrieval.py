@@ -42,6 +42,8 @@ def read_beir(path: str, split: str = "test", instruction: str = "") -> Retrieva
     """
     folder = Path(path)
     corpus, queries, qrels = _read_folder(folder, split) if folder.exists() else _read_hub(path, split)
+    if not qrels:
+        raise ValueError(f"{path}: split {split!r} of the qrels has no relevant document")
     for query_id, judgements in qrels.items():
         for kind, id_, known in (("query", query_id, queries), *(("document", d, corpus) for d in judgements)):
             if id_ not in known:
@@ -59,21 +61,32 @@ def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
                 f"{folder} is not in BEIR layout (corpus.jsonl, queries.jsonl, qrels/{split}.tsv): "
                 f"{required.relative_to(folder)} is missing; found {found}"
             )
-    corpus = {row["_id"]: document_text(row) for _, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text"))}
-    queries = {row["_id"]: row["text"] for _, row in read_jsonl(folder / "queries.jsonl", ("_id", "text"))}
+    corpus, queries = _read_texts(folder / "corpus.jsonl"), _read_texts(folder / "queries.jsonl")
     qrels: dict[str, dict[str, int]] = {}
     with qrels_path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
-            if number == 1 and row[-1:] == ["score"]:
+            if not row or (number == 1 and row[-1:] == ["score"]):
                 continue
             try:
                 query_id, document_id, score = row
-                grade = int(score)
+                grade = int(float(score))
             except ValueError:
                 raise ValueError(f"{qrels_path}:{number}: {row} is not query-id, corpus-id, score") from None
             if grade > 0:
                 qrels.setdefault(query_id, {})[document_id] = grade
     return corpus, queries, qrels
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for number, row in read_jsonl(path, ("_id", "text")):
+        id_ = str(row["_id"])
+        if id_ in texts:
+            raise ValueError(f'{path}:{number}: "_id" {id_!r} stands there a second time')
+        if not isinstance(row["text"], str):
+            raise ValueError(f'{path}:{number}: "text" is {row["text"]!r}, not a string')
+        texts[id_] = document_text(row)
+    return texts
 
 
 def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
@@ -107,12 +120,14 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[int
     Raises:
         ValueError: a line is not a JSON object or lacks a required field; file and line are named.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
@@ -135,9 +150,14 @@ def ndcg_at_10(encode: Encode, task: RetrievalTask, **options) -> float:
     Args:
         encode: `NVEmbedModel.encode`, or a function like it.
         options: further arguments of `encode`, such as `max_length`.
+
+    Raises:
+        ValueError: an embedding is not finite, as those of a model whose training diverged.
     """
     query_embeddings = encode(list(task.queries.values()), instruction=format_instruction(task.instruction), **options)
     document_embeddings = encode(list(task.corpus.values()), **options)
+    if not (query_embeddings.isfinite().all() and document_embeddings.isfinite().all()):
+        raise ValueError("the model's embeddings hold NaN or infinity; if it was just trained, lower the learning_rate")
     scores, positions = search(query_embeddings, document_embeddings)
     document_ids = list(task.corpus)
     run = {

@@ -248,6 +248,29 @@ def test_empty_and_long_texts(model):
     assert row[-1] == model.tokenizer.eos_token_id, "truncation keeps the end token"
 
 
+def test_no_length_pools_the_end_token_alone(model):
+    """Every max_length either pools something of the text, or is an error: never `</s>` by itself."""
+    outcomes = set()
+    for max_length in range(1, 40):
+        try:
+            one, two = model.encode(["Return it.", "Sort all."], INSTRUCTION, max_length)
+        except ValueError as error:
+            assert "no token of the text is left to pool" in str(error)
+            outcomes.add("error")
+        else:
+            assert (one - two).abs().max() > 1e-3, max_length
+            outcomes.add("embedding")
+    assert outcomes == {"error", "embedding"}
+
+
+def test_latents_are_projected_once_whatever_the_batch(model, sentences):
+    shapes = []
+    to_kv = model.latent_attention_model.cross_attend_blocks[0].fn.to_kv
+    to_kv.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    model.encode(sentences, batch_tokens=100_000)
+    assert shapes == [(1, 8, 32)]
+
+
 def test_encode_leaves_the_mode_as_it_was(model, sentences):
     model.train()
     assert not model.encode(sentences).requires_grad
@@ -261,6 +284,9 @@ def test_encode_leaves_the_mode_as_it_was(model, sentences):
         ("one text", {}, TypeError, r"the string 'one text'.*encode\(\[text\]\)"),
         (["a", None], {}, TypeError, r"prompts\[1\] is None of type NoneType"),
         (["a", 3.5], {}, TypeError, r"prompts\[1\] is 3.5"),
+        (5, {}, TypeError, "prompts is of type int; encode takes a list"),
+        (["a"], {"instruction": None}, TypeError, "instruction is None, not a string"),
+        (["a"], {"max_length": 0}, ValueError, "max_length is 0; it must be a number of tokens"),
         (["a"], {"instruction": INSTRUCTION, "max_length": 5}, ValueError, "max_length is 5: no token of the text"),
     ],
 )

@@ -43,11 +43,15 @@ class DataArguments:
     eval_instruction: str = field(default="", metadata={"help": "Task definition of eval_dataset's queries."})
 
     def __post_init__(self):
+        if isinstance(self.datasets, (DatasetSource, dict, str)):
+            self.datasets = [self.datasets]
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
         self.datasets = [as_source(entry) for entry in self.datasets]
-        for source in self.datasets:
-            source.instruction = source.instruction or self.instruction
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives is {self.num_negatives}; it must be 0 or more")
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length!r}; it must be a number of tokens, 1 or more")
+        if not isinstance(self.num_negatives, int) or self.num_negatives < 0:
+            raise ValueError(f"num_negatives is {self.num_negatives!r}; it must be 0 or more")
 
 
 @dataclass
@@ -68,7 +72,7 @@ class StageArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be > 0")
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"

@@ -2,23 +2,32 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from nvembed.modeling_nvembed import NVEmbedModel
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Refuses a folder that holds a checkpoint already.
+# What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
+PATTERNS = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "modeling_nvembed.py", "configuration_nvembed.py")
+
+
+def check_output_dir(output_dir: str) -> Path:
+    """Refuses a folder that holds a checkpoint already; call it before any long work.
 
     Raises:
-        FileExistsError: `config.json` or weights are there.
+        FileExistsError: files of a checkpoint are there.
+        NotADirectoryError: the path is a file.
     """
-    folder = Path(output_dir)
-    found = [*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    folder = Path(output_dir).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder as --output_dir")
+    found = sorted(path.name for pattern in PATTERNS for path in folder.glob(pattern))
     if found:
         raise FileExistsError(
-            f"{folder} already holds a checkpoint ({found[0].name}); name another --output_dir or move it away"
+            f"{folder} already holds a checkpoint ({found[0]}); name another --output_dir or move it away"
         )
+    return folder
 
 
 def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
@@ -26,16 +35,17 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
+        ValueError: a weight is not finite.
     """
-    check_output_dir(output_dir)
-    folder = Path(output_dir)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = check_output_dir(output_dir)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         model.save_pretrained(partial)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(partial.iterdir(), key=lambda file: file.name == "config.json")  # config.json last
-        for file in files:
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -47,7 +47,15 @@ def init_model(args: InitArguments) -> NVEmbedModel:
     base, gguf = args.base, {"gguf_file": args.gguf_file} if args.gguf_file else {}
     if Path(base).suffix == ".gguf":
         base, gguf = str(Path(base).parent), {"gguf_file": Path(base).name}
-    decoder_config = AutoConfig.from_pretrained(base, **gguf)
+    for name in ("num_latents", "num_cross_heads", "cross_dim_head"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    try:
+        decoder_config = AutoConfig.from_pretrained(base, **gguf)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{args.base} is neither a local decoder folder or .gguf file nor a Hub model that can be reached: {error}"
+        ) from error
     _check_layout(args, decoder_config)
     tokenizer = _embedding_tokenizer(AutoTokenizer.from_pretrained(base, **gguf), decoder_config, bool(gguf))
 
@@ -72,11 +80,12 @@ def init_model(args: InitArguments) -> NVEmbedModel:
         add_eos=False,  # the tokenizer does it
     )
     torch.manual_seed(args.seed)
-    model = NVEmbedModel(config)
-    decoder = AutoModel.from_pretrained(base, dtype=torch.float32, **gguf)
+    dtype = getattr(torch, args.dtype)
+    model = AutoModel.from_config(config, dtype=dtype)
+    decoder = AutoModel.from_pretrained(base, dtype=dtype, **gguf)
     _load_decoder(model, decoder.state_dict(), base)
     model.tokenizer = tokenizer
-    return model.to(getattr(torch, args.dtype))
+    return model
 
 
 def _check_layout(args: InitArguments, config) -> None:

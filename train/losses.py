@@ -21,7 +21,7 @@ def info_nce(
 
     A row's candidates are its own positive and hard negatives. With `in_batch_negatives` (stage 1) they are the
     positives and hard negatives of every row of the batch, on every process; gradients flow back to all of them.
-    A candidate is left out when it cannot be a negative: its text is the row's query or positive, or it is a positive
+    A candidate is left out when it cannot be a negative: its text is the row's query, its positive, or the positive
     of the same query in another row.
 
     Under DDP each process returns the mean over its own rows. The gradients that DDP averages are those of the mean
@@ -41,7 +41,7 @@ def info_nce(
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not belong together.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be > 0 (the paper's successors use 0.02)")
     if passages.ndim != 3 or len(queries) != len(passages) or passages.shape[:2] != passage_ids.shape:
         raise ValueError(
@@ -49,28 +49,38 @@ def info_nce(
             f"{tuple(passage_ids.shape)} must be [batch, hidden], [batch, 1 + negatives, hidden] and "
             "[batch, 1 + negatives]"
         )
-    if not in_batch_negatives:
-        similarity = torch.einsum("bd,bnd->bn", queries, passages)
-        allowed = is_negative(query_ids, passage_ids[:, 0], passage_ids)
-        target = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    else:
+    rows, per_row, _ = passages.shape
+    all_query_ids, all_passage_ids = gather(query_ids), gather(passage_ids)  # of the whole batch, on every process
+    if in_batch_negatives:
+        similarity = queries @ gather(passages).flatten(0, 1).T
+        candidate_ids = all_passage_ids.flatten()[None]
         rank = dist.get_rank() if _is_distributed() else 0
-        rows, per_row, _ = passages.shape
-        candidates = gather(passages)  # [world * batch, 1 + negatives, hidden]
-        candidate_ids, all_queries = gather(passage_ids), gather(query_ids)
-        similarity = queries @ candidates.flatten(0, 1).T
-        allowed = is_negative(query_ids, passage_ids[:, 0], candidate_ids.flatten()[None])
-        same_query = query_ids[:, None] == all_queries[None]  # [batch, world * batch]
-        allowed.view(rows, -1, per_row)[:, :, 0] &= ~same_query
         target = (rank * rows + torch.arange(rows, device=queries.device)) * per_row
+    else:
+        similarity = torch.einsum("bd,bnd->bn", queries, passages)
+        candidate_ids = passage_ids
+        target = torch.zeros(rows, dtype=torch.long, device=queries.device)
+    allowed = is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
     allowed = allowed.scatter(1, target[:, None], True)
     logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
     return F.cross_entropy(logits, target)
 
 
-def is_negative(query_ids: Tensor, positive_ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Whether a candidate's text differs from the row's query and positive, and is a text at all; `[batch, n]`."""
-    return (candidate_ids != NO_TEXT) & (candidate_ids != query_ids[:, None]) & (candidate_ids != positive_ids[:, None])
+def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:
+    """Whether a candidate is a text, and neither the row's query nor a positive of that query in any row.
+
+    Args:
+        query_ids: `[batch]`.
+        candidate_ids: `[batch, candidates]`, or `[1, candidates]` where all rows share them.
+        all_query_ids, all_positive_ids: of all rows on all processes, `[world * batch]`.
+
+    Returns:
+        `[batch, candidates]`.
+    """
+    same_query = query_ids[:, None] == all_query_ids
+    same_text = candidate_ids[:, None, :] == all_positive_ids[:, None]  # [batch or 1, world * batch, candidates]
+    is_positive = (same_query[:, :, None] & same_text).any(1)
+    return (candidate_ids != NO_TEXT) & (candidate_ids != query_ids[:, None]) & ~is_positive
 
 
 def gather(x: Tensor) -> Tensor:

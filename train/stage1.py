@@ -11,7 +11,7 @@ from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, StageArguments
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
-from nvembed.train.data.registry import load_triplets
+from nvembed.train.data.registry import load_triplets_once
 from nvembed.train.trainer import EmbeddingTrainer, add_adapter
 
 
@@ -21,11 +21,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     model = NVEmbedModel.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
     )
-    with training_args.main_process_first(desc="loading triplets"):
-        triplets = load_triplets(data_args.datasets, data_args.num_negatives, training_args.seed)
     held_out = None
     if data_args.eval_dataset is not None:
         held_out = read_beir(data_args.eval_dataset, data_args.eval_split, data_args.eval_instruction)
+    triplets = load_triplets_once(
+        training_args, data_args.datasets, data_args.num_negatives, training_args.seed, data_args.instruction
+    )
 
     trainer = EmbeddingTrainer(
         model=add_adapter(model, model_args),

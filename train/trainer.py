@@ -18,7 +18,7 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
     """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32."""
     config = get_peft_config(model_args)
     if config is None:
-        return model
+        return model.float()  # as below: full fine-tuning in bf16 would lose small updates
     pooling = model.latent_attention_model
     if not any(True for _ in pooling.parameters()):
         config.modules_to_save = None  # mean and eos pooling have nothing to train
@@ -37,7 +37,8 @@ class EmbeddingTrainer(Trainer):
     """Trains on batches of `TripletCollator`; `eval_dataset` is a `RetrievalTask`.
 
     Raises:
-        ValueError: fewer triplets than one batch of all processes holds.
+        ValueError: fewer triplets than one batch of all processes holds; an evaluation set that no `eval_steps` uses;
+            a bf16 decoder without bf16 training.
     """
 
     def __init__(self, *args, eval_dataset: RetrievalTask | None = None, eval_max_length: int = 512, **kwargs):
@@ -48,6 +49,13 @@ class EmbeddingTrainer(Trainer):
             raise ValueError(
                 f"{len(self.train_dataset)} triplets do not fill one batch of {batch} (per_device_train_batch_size x "
                 f"processes); lower per_device_train_batch_size or add data"
+            )
+        if eval_dataset is not None and self.args.eval_strategy == "no":
+            raise ValueError("eval_dataset is set but eval_steps is not: set both or none")
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        if len(dtypes) > 1 and not (self.args.bf16 or self.args.fp16):
+            raise ValueError(
+                f"the weights are of {dtypes} and mixed precision is off: set bf16: true, or dtype: float32"
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -70,8 +78,12 @@ class EmbeddingTrainer(Trainer):
         """nDCG@10 on the held-out retrieval set; every process computes the same number."""
         start = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():  # as in training: the pooling is fp32, the decoder may be bf16
-            score = ndcg_at_10(model.encode, eval_dataset or self.eval_dataset, max_length=self.eval_max_length)
+
+        def encode(*args, **kwargs):
+            with self.accelerator.autocast():  # as in training: the pooling is fp32, the decoder may be bf16
+                return model.encode(*args, **kwargs)
+
+        score = ndcg_at_10(encode, eval_dataset or self.eval_dataset, max_length=self.eval_max_length)
         metrics = {f"{metric_key_prefix}_ndcg_at_10": round(score, 5)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

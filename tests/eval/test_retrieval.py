@@ -76,6 +76,13 @@ def test_beir_folder(beir):
         ("qrels/test.tsv", "q1\td9\t1\n", "names document 'd9', which does not exist"),
         ("qrels/test.tsv", "q9\td1\t1\n", "names query 'q9', which does not exist"),
         ("qrels/test.tsv", "q1\td1\tgood\n", r"test.tsv:1: \['q1', 'd1', 'good'\] is not query-id, corpus-id, score"),
+        ("corpus.jsonl", '{"_id": "d1", "text": null}\n', r'corpus.jsonl:1: "text" is None, not a string'),
+        (
+            "corpus.jsonl",
+            '{"_id": 1, "text": "a"}\n{"_id": 1, "text": "b"}\n',
+            r"jsonl:2: \"_id\" '1' stands there a sec",
+        ),
+        ("qrels/test.tsv", "q1\td1\t0\n", "split 'test' of the qrels has no relevant document"),
         ("corpus.jsonl", '{"_id": "d1"}\n', r'corpus.jsonl:1: "text" is missing'),
     ],
 )
@@ -106,3 +113,9 @@ def test_a_hub_dataset_in_mteb_layout(tmp_path):
     assert corpus == {"d1": "T one", "d2": "two"}
     assert queries == {"q1": "first"}
     assert qrels == {"q1": {"d2": 1}}
+
+
+def test_embeddings_that_are_not_finite_have_no_score():
+    encode, _ = encoder({"q": [float("nan"), 1.0], "d": [0.0, 1.0]})
+    with pytest.raises(ValueError, match="embeddings hold NaN"):
+        ndcg_at_10(encode, RetrievalTask("t", {"q": "q"}, {"d": "d"}, {"q": {"d": 1}}))

@@ -29,13 +29,18 @@ def test_recipe_and_command_line(tmp_path):
     model_args, data_args, training_args = parse(tmp_path, RECIPE, "--temperature", "0.1", "--eval_steps", "7")
     assert data_args.datasets == [
         DatasetSource("a", "sts", instruction="Its own", name="a"),
-        DatasetSource("b/c.jsonl", instruction="For all", samples=5, name="c"),
+        DatasetSource("b/c.jsonl", samples=5, name="c"),
     ]
     assert training_args.temperature == 0.1, "the command line outranks the recipe"
     assert training_args.eval_strategy == "steps"
     assert training_args.in_batch_negatives
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, 0.1)
     assert not parse(tmp_path, RECIPE, stage=Stage2Arguments)[2].in_batch_negatives
+
+
+def test_one_dataset_needs_no_list(tmp_path):
+    for text in ("datasets: a.jsonl", "datasets: {{path: a.jsonl}}"):
+        assert parse(tmp_path, "output_dir: {out}\n" + text)[1].datasets == [DatasetSource("a.jsonl")]
 
 
 def test_datasets_on_the_command_line_are_paths(tmp_path):
@@ -49,6 +54,12 @@ def test_datasets_on_the_command_line_are_paths(tmp_path):
         ("temprature: 1\n", r"Unknown arguments from config file: \['--temprature', '1'\]"),
         ("datasets: [{{path: a, sampels: 3}}]\n", "has unknown key 'sampels'; an entry has path and, as needed, kind"),
         ("datasets: [{{kind: sts}}]\n", "has no path"),
+        ("datasets: 5\n", "datasets is 5, not a list"),
+        ("datasets: [null]\n", "None is neither a mapping with a path nor a path"),
+        ("datasets: [{{path: a, samples: five}}]\n", "samples is 'five' of type str"),
+        ("datasets: [{{path: a, symmetric: maybe}}]\n", "symmetric is 'maybe' of type str"),
+        ("max_length: 0\n", "max_length is 0"),
+        ("num_negatives: 1.5\n", "num_negatives is 1.5"),
         ("temperature: 0\n", "temperature is 0"),
         ("num_negatives: -1\n", "num_negatives is -1"),
     ],

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.init_checkpoint import init_model, main
 
 
@@ -69,14 +69,44 @@ def test_an_existing_checkpoint_is_left_alone(tmp_path, init_args):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, model, monkeypatch):
-    def fail(*args, **kwargs):
-        (tmp_path / "out.partial" / "model.safetensors").write_text("half")
+    def fail(model, folder, *args, **kwargs):
+        (folder / "model.safetensors").write_text("half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(model, str(tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_output_dir_is_checked_before_work(tmp_path, model):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="tokenizer.json"):
+        check_output_dir(str(tmp_path))
+    with pytest.raises(NotADirectoryError, match="tokenizer.json is a file"):
+        check_output_dir(str(tmp_path / "tokenizer.json"))
+    torch.nn.init.constant_(model.embedding_model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="embedding_model.norm.weight holds NaN"):
+        write_checkpoint(model, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"base": "no/such"}, "no/such is neither a local decoder folder or .gguf file nor a Hub model"),
+        ({"num_latents": 0}, "num_latents is 0; it must be 1 or more"),
+        ({"cross_dim_head": -3}, "cross_dim_head is -3; it must be 1 or more"),
+    ],
+)
+def test_bad_arguments_are_named(init_args, options, words):
+    with pytest.raises(ValueError, match=words):
+        init_model(init_args(**options))
+
+
+def test_a_base_is_no_checkpoint(decoder_dir):
+    with pytest.raises(ValueError, match="is a 'llama' model, not an NV-Embed checkpoint; train/init_checkpoint.py"):
+        NVEmbedModel.from_pretrained(decoder_dir)
 
 
 def write_gguf(decoder_dir, path):

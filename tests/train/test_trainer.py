@@ -104,6 +104,25 @@ def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, task):
     assert evaluation["eval_ndcg_at_10"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_accumulated_batches_equal_one(tmp_path, checkpoint, pairs_file, sentences):
+    """Stage 2's loss is a mean over rows: two halves accumulated are the whole."""
+    embeddings = []
+    for rows, steps in ((8, 1), (4, 2)):
+        torch.manual_seed(0)
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", Stage2Arguments, use_peft=False, **options)
+        trainer.train()
+        embeddings.append(trainer.model.encode(sentences))
+    torch.testing.assert_close(*embeddings, atol=1e-4, rtol=0)
+
+
+def test_settings_that_cannot_work_are_errors_before_training(tmp_path, checkpoint, pairs_file, task):
+    with pytest.raises(ValueError, match="eval_dataset is set but eval_steps is not"):
+        make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task)
+    with pytest.raises(ValueError, match="mixed precision is off: set bf16: true"):
+        make_trainer(checkpoint, pairs_file, tmp_path / "out", dtype=torch.bfloat16)
+
+
 def test_training_lowers_the_loss(tmp_path, checkpoint, pairs_file):
     trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=12, per_device_train_batch_size=8)
     trainer.train()

@@ -26,24 +26,31 @@ def load_example_based(source: "DatasetSource", num_negatives: int, seed: int) -
         by_label.setdefault(label, []).append(text)
     _check_labels(source, by_label)
     rng = random.Random(seed)
+    others = {label: [text for text, other in rows if other != label] for label in by_label}
     records = []
     for text, label in sample(rows, source.samples, seed):
-        positives = [other for other in by_label[label] if other != text]
-        if positives:
-            negatives = []
-            others = len(rows) - len(by_label[label])
-            while len(negatives) < min(num_negatives, others):
-                candidate, candidate_label = rng.choice(rows)
-                if candidate_label != label:
-                    negatives.append(candidate)
-            records.append({"query": text, "positive": rng.choice(positives), "negatives": negatives})
+        positive = _other_text(by_label[label], text, rng)
+        if positive is not None:
+            drawn = rng.sample(others[label], min(num_negatives, len(others[label])))
+            negatives = [negative for negative in dict.fromkeys(drawn) if negative not in (text, positive)]
+            records.append({"query": text, "positive": positive, "negatives": negatives})
     return records
+
+
+def _other_text(texts: list[str], text: str, rng: random.Random) -> str | None:
+    """A random one of `texts` that is not `text`; None if there is none."""
+    for candidate in rng.choices(texts, k=20):  # nearly always the first will do
+        if candidate != text:
+            return candidate
+    return next((candidate for candidate in texts if candidate != text), None)
 
 
 def load_label_based(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
     rows = _read(source)
     labels = sorted({label for _, label in rows})
     _check_labels(source, labels)
+    if all(label.isdigit() for label in labels):
+        raise ValueError(f"{source.path}: labels are the numbers {labels[:5]}; label_classification needs their words")
     rng = random.Random(seed)
     records = []
     for text, label in sample(rows, source.samples, seed):
@@ -59,7 +66,9 @@ def _read(source: "DatasetSource") -> list[tuple[str, str]]:
 
 def _label(row: dict, name: str) -> str:
     label = row.get("label_text", row["label"])  # MTEB's tables on the Hub have the words in `label_text`
-    if label is None or label == "":
+    if not isinstance(label, (str, int, bool)):
+        raise ValueError(f'{name}: "label" is {label!r}; it must be a string or a number')
+    if label == "":
         raise ValueError(f'{name}: "label" is empty; every text needs a label')
     return str(label)
 

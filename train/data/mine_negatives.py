@@ -8,7 +8,6 @@ As a script, writes any training dataset as ready triplets, so that mining is do
 import argparse
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -30,8 +29,12 @@ class Teacher(Protocol):
 
 class BM25:
     def scores(self, queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
+        tokens = bm25s.tokenize(corpus, stopwords="en", return_ids=False, show_progress=False)
+        if not any(tokens):  # no word to index: bm25s would stop at its empty vocabulary
+            yield from (np.zeros(len(corpus), dtype=np.float32) for _ in queries)
+            return
         retriever = bm25s.BM25()
-        retriever.index(bm25s.tokenize(corpus, stopwords="en", show_progress=False), show_progress=False)
+        retriever.index(tokens, show_progress=False)
         for words in bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False):
             known = [word for word in words if word in retriever.vocab_dict]
             yield retriever.get_scores(known) if known else np.zeros(len(corpus), dtype=np.float32)
@@ -47,42 +50,50 @@ def add_negatives(
 ) -> list[dict]:
     """Gives each pair the `num_negatives` best documents that score below `max_ratio` times its positive.
 
-    Documents that equal the query or a known positive are never taken. Where too few documents have any score, the
-    rest is drawn at random; a corpus too small gives fewer.
+    Documents that equal the query, or any positive of the same query, are never taken. Equal scores (BM25's many
+    zeros) are ranked at random; a corpus with too few documents gives fewer negatives.
 
     Args:
         pairs: dictionaries of `query` and `positive`, optionally `known_positives`, all relevant texts of the query.
-        corpus: the texts to take negatives from.
+        corpus: the texts to take negatives from; empty ones are left out.
 
     Returns:
         The pairs with `negatives`, hardest first, and without `known_positives`.
     """
     if num_negatives == 0 or not pairs:
         return [{**_without_known(pair), "negatives": []} for pair in pairs]
-    corpus = list(dict.fromkeys([*corpus, *(pair["positive"] for pair in pairs)]))
+    positives: dict[str, set[str]] = {}
+    for pair in pairs:
+        positives.setdefault(pair["query"], set()).update({pair["positive"], *pair.get("known_positives", ())})
+    corpus = list(dict.fromkeys(text for text in [*corpus, *(pair["positive"] for pair in pairs)] if text.strip()))
     position = {text: i for i, text in enumerate(corpus)}
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
     all_scores = (teacher or BM25()).scores([pair["query"] for pair in pairs], corpus)
     triplets = []
     for pair, scores in tqdm(zip(pairs, all_scores), total=len(pairs), desc="Mining negatives", unit="query"):
-        excluded = {pair["query"], pair["positive"], *pair.get("known_positives", ())}
-        eligible = (scores > 0) & (scores < max_ratio * scores[position[pair["positive"]]])
+        positive_score = scores[position[pair["positive"]]]
+        # A positive without a score has no share to stay below; then what scores no more than it does may serve.
+        eligible = scores < max_ratio * positive_score if positive_score > 0 else scores <= positive_score
+        excluded = positives[pair["query"]] | {pair["query"]}
         eligible[[position[text] for text in excluded if text in position]] = False
-        ranked = np.flatnonzero(eligible)[np.argsort(-scores[eligible], kind="stable")][:num_negatives]
-        negatives = [corpus[i] for i in ranked]
-        excluded.update(negatives)
-        wanted = min(num_negatives, len(corpus) - sum(text in position for text in excluded) + len(negatives))
-        while len(negatives) < wanted:
-            candidate = rng.choice(corpus)
-            if candidate not in excluded:
-                negatives.append(candidate)
-                excluded.add(candidate)
-        triplets.append({**_without_known(pair), "negatives": negatives})
+        candidates = rng.permutation(np.flatnonzero(eligible))
+        if len(candidates) > num_negatives:
+            candidates = candidates[np.argpartition(-scores[candidates], num_negatives)[:num_negatives]]
+        ranked = candidates[np.argsort(-scores[candidates], kind="stable")]
+        triplets.append({**_without_known(pair), "negatives": [corpus[i] for i in ranked]})
     return triplets
 
 
 def _without_known(pair: dict) -> dict:
     return {key: value for key, value in pair.items() if key != "known_positives"}
+
+
+def check_output(output: str) -> Path:
+    """Refuses a file that exists, before the mining as well as after it."""
+    path = Path(output)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name another --output or remove it")
+    return path
 
 
 def write_triplets(records, output: str) -> int:
@@ -91,9 +102,7 @@ def write_triplets(records, output: str) -> int:
     Raises:
         FileExistsError: `output` exists.
     """
-    path = Path(output)
-    if path.exists():
-        raise FileExistsError(f"{path} exists; name another --output or remove it")
+    path = check_output(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     lines = 0
@@ -121,6 +130,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    check_output(args.output)
     source = DatasetSource(args.path, args.kind, args.split, args.instruction, samples=args.samples)
     count = write_triplets(load_triplets([source], args.num_negatives, args.seed), args.output)
     print(f"{count} triplets in {args.output}")

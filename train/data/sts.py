@@ -1,5 +1,6 @@
 """Semantic similarity: pairs scored 4 or more of 5 are each other's positives (paper section 4.1)."""
 
+import math
 from typing import TYPE_CHECKING
 
 from nvembed.train.data.mine_negatives import add_negatives
@@ -13,11 +14,26 @@ MIN_SCORE = 4.0
 
 
 def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
-    """Both directions of every close pair; negatives are mined among the texts of all pairs."""
+    """Both directions of every close pair; negatives are mined among all texts; `samples` counts pairs."""
     pairs, texts = [], {}
     for name, row in read_table(source, ("sentence1", "sentence2", "score")):
         first, second = text_of(row, "sentence1", name), text_of(row, "sentence2", name)
         texts |= {first: None, second: None}
-        if float(row["score"]) >= MIN_SCORE:
-            pairs += [{"query": first, "positive": second}, {"query": second, "positive": first}]
-    return add_negatives(sample(pairs, source.samples, seed), list(texts), num_negatives, seed)
+        if _score(row, name) >= MIN_SCORE:
+            pairs.append((first, second))
+    directed = [
+        {"query": query, "positive": positive}
+        for first, second in sample(pairs, source.samples, seed)
+        for query, positive in ((first, second), (second, first))
+    ]
+    return add_negatives(directed, list(texts), num_negatives, seed)
+
+
+def _score(row: dict, name: str) -> float:
+    try:
+        score = float(row["score"])
+    except (TypeError, ValueError):
+        score = math.nan
+    if math.isnan(score):
+        raise ValueError(f'{name}: "score" is {row["score"]!r}, not a number')
+    return score

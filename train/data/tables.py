@@ -68,7 +68,10 @@ def _load(source: "DatasetSource", file: Path | None):
         if file.suffix not in BUILDERS:
             raise ValueError(f"{file}: unknown dataset layout: {file.suffix!r} is not .jsonl, .csv or .parquet")
         options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
-        return load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+        try:
+            return load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+        except Exception as error:
+            raise ValueError(f"{file}: not a readable {file.suffix[1:]} table: {error}") from error
     try:
         return load_dataset(source.path, split=source.split)
     except Exception as error:

@@ -29,6 +29,12 @@ def _triplet(name: str, row: dict) -> dict:
         raise ValueError(f'{name}: "negatives" is {negatives!r}, not a list of strings')
     for position, negative in enumerate(negatives):
         text_of({f"negatives[{position}]": negative}, f"negatives[{position}]", name)
+    if "negative" in row:
+        raise ValueError(f'{name}: "negative" is unknown; give a list of strings as "negatives"')
+    if not isinstance(row.get("symmetric", False), bool):
+        raise ValueError(f'{name}: "symmetric" is {row["symmetric"]!r}, not true or false')
+    if not isinstance(row.get("instruction", ""), str):
+        raise ValueError(f'{name}: "instruction" is {row["instruction"]!r}, not a string')
     described = {column: row[column] for column in ("instruction", "symmetric", "dataset") if column in row}
     return {
         **described,

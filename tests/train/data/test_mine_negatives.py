@@ -26,6 +26,20 @@ def test_negatives_are_the_best_below_the_threshold():
     assert triplet == {"query": "q", "positive": "pos", "negatives": ["best", "second"]}
 
 
+def test_a_candidate_too_close_is_no_negative_even_where_others_lack():
+    (triplet,) = add_negatives(
+        [{"query": "q", "positive": "pos"}], ["pos", "too close", "a"], 2, teacher=Fixed([10.0, 9.6, 0.0])
+    )
+    assert triplet["negatives"] == ["a"]
+
+
+def test_corpora_without_a_word_get_random_negatives():
+    pairs = [{"query": "it is I", "positive": "🙂"}, {"query": "🙃", "positive": "a"}]
+    first, second = add_negatives(pairs, ["🙂", "a", "I", " "], 2)
+    assert sorted(first["negatives"]) == ["I", "a"]
+    assert sorted(second["negatives"]) == ["I", "🙂"]
+
+
 def test_missing_negatives_are_drawn_without_repetition():
     pair = {"query": "q", "positive": "pos"}
     (triplet,) = add_negatives([pair], ["pos", "a", "b", "c"], 5, teacher=Fixed([1.0, 0.5, 0.0, 0.0]))

@@ -122,6 +122,34 @@ def test_parquet_and_csv(tmp_path, labelled):
         assert load_triplets([DatasetSource(str(path), name="t")], 3).to_list() == expected.to_list()
 
 
+def test_positives_of_one_query_are_never_its_negatives(tmp_path):
+    rows = [{"query": "reset password", "positive": f"reset password way {i}"} for i in range(3)]
+    rows += [{"query": "other", "positive": f"password text {i}"} for i in range(4)]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    for row in load_triplets([DatasetSource(path)], num_negatives=3)[:3]["negatives"]:
+        assert len(row) == 3
+        assert all(negative.startswith("password text") for negative in row)
+
+
+def test_the_global_instruction_fills_only_gaps(tmp_path):
+    rows = [{"query": "q", "positive": "p", "instruction": "own"}, {"query": "r", "positive": "s"}]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    assert load_triplets([DatasetSource(path)], 0, instruction="all")["instruction"] == ["own", "all"]
+
+
+def test_labels_that_are_numbers_have_no_words(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(4)])
+    with pytest.raises(ValueError, match="labels are the numbers"):
+        load_triplets([DatasetSource(path, "label_classification")], 1)
+    assert len(load_triplets([DatasetSource(path, "classification")], 1)) == 4
+
+
+def test_label_text_outranks_the_number(tmp_path):
+    rows = [{"text": f"t{i}", "label": i % 2, "label_text": ["no_way", "yes"][i % 2]} for i in range(4)]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    assert load_triplets([DatasetSource(path, "label_classification")], 1)["positive"][:2] == ["no way", "yes"]
+
+
 def test_samples_are_a_fixed_choice(labelled):
     source = DatasetSource(str(labelled), samples=5)
     first, second = (load_triplets([source], 1, seed=3)["query"] for _ in range(2))
@@ -138,6 +166,12 @@ def test_samples_are_a_fixed_choice(labelled):
         (['{"query": 7, "positive": "p"}'], r'bad.jsonl:1: "query" is 7 of type int'),
         (['{"query": "q", "positive": "p", "negatives": "n"}'], r"bad.jsonl:1: \"negatives\" is 'n', not a list"),
         (['{"query": "q", "positive": "p", "negatives": ["n", ""]}'], r'bad.jsonl:1: "negatives\[1\]" is empty'),
+        (['{"query": "q"}'], r'bad.jsonl:1: "positive" is missing'),
+        (['{"query": "q", "positive": "p", "negative": "n"}'], r'bad.jsonl:1: "negative" is unknown'),
+        (['{"query": "q", "positive": "p", "symmetric": "false"}'], r"bad.jsonl:1: \"symmetric\" is 'false'"),
+        (['{"query": "q", "positive": "p", "instruction": 5}'], r'bad.jsonl:1: "instruction" is 5'),
+        (['{"sentence1": "a", "sentence2": "b", "score": "high"}'], r"bad.jsonl:1: \"score\" is 'high'"),
+        (['{"text": "a", "label": ["b"]}'], r"bad.jsonl:1: \"label\" is \['b'\]"),
         (['{"query": "q", '], r"bad.jsonl:1: not valid JSON"),
         (["[1, 2]"], r"bad.jsonl:1: a list, not a JSON object"),
         (['{"title": "t", "body": "b"}'], r"unknown dataset layout with columns \['body', 'title'\]"),
