@@ -77,6 +77,7 @@ class StageArguments(TrainingArguments):
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
 
 @dataclass

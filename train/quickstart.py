@@ -132,7 +132,7 @@ def main() -> None:
     launch("train/stage2.py", "--config", "train/recipes/quickstart-stage2.yaml")
     scores["after stage 2"] = evaluate(checkpoint)
 
-    logger.info("5/6 the checkpoint in a process without this package")
+    logger.info("5/6 three questions to the checkpoint, in a process where this package cannot be imported")
     answer(checkpoint)
     logger.info("6/6 done in %.1f minutes, downloads aside", (time.perf_counter() - start) / 60)
     print(f"\nHeld-out modules of the standard library, {counts['held_out']} pairs (percent)\n{table(scores)}")

@@ -102,6 +102,7 @@ class EmbeddingTrainer(Trainer):
     def save_merged(self) -> None:
         """Writes the merged checkpoint to `output_dir`, on the main process."""
         self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"Merging into {self.args.output_dir}")
         if self.is_world_process_zero():
             write_checkpoint(merge_adapter(self.accelerator.unwrap_model(self.model)), self.args.output_dir)
         self.accelerator.wait_for_everyone()

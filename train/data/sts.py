@@ -15,14 +15,17 @@ MIN_SCORE = 4.0
 
 def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
     """Both directions of every close pair; negatives are mined among all texts; `samples` counts pairs."""
-    pairs, texts = [], {}
+    pairs: list[tuple[str, str]] = []
+    texts: dict[str, set[str]] = {}  # text -> its close texts
     for name, row in read_table(source, ("sentence1", "sentence2", "score")):
         first, second = text_of(row, "sentence1", name), text_of(row, "sentence2", name)
-        texts |= {first: None, second: None}
+        close_to_first, close_to_second = texts.setdefault(first, set()), texts.setdefault(second, set())
         if _score(row, name) >= MIN_SCORE:
             pairs.append((first, second))
+            close_to_first.add(second)
+            close_to_second.add(first)
     directed = [
-        {"query": query, "positive": positive}
+        {"query": query, "positive": positive, "known_positives": texts[query]}
         for first, second in sample(pairs, source.samples, seed)
         for query, positive in ((first, second), (second, first))
     ]

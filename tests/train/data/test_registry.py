@@ -122,6 +122,16 @@ def test_parquet_and_csv(tmp_path, labelled):
         assert load_triplets([DatasetSource(str(path), name="t")], 3).to_list() == expected.to_list()
 
 
+def test_sts_samples_whole_pairs_and_knows_the_others(tmp_path):
+    rows = [{"sentence1": "a cat sleeps", "sentence2": f"a cat naps {i}", "score": 5} for i in range(3)]
+    rows.append({"sentence1": "a cat", "sentence2": "cat food", "score": 1})
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    first, second = load_triplets([DatasetSource(path, samples=1)], num_negatives=4)
+    assert (first["query"], first["positive"]) == (second["positive"], second["query"])
+    (from_the_shared,) = (row for row in (first, second) if row["query"] == "a cat sleeps")
+    assert not any("naps" in negative for negative in from_the_shared["negatives"]), "close in pairs not sampled"
+
+
 def test_positives_of_one_query_are_never_its_negatives(tmp_path):
     rows = [{"query": "reset password", "positive": f"reset password way {i}"} for i in range(3)]
     rows += [{"query": "other", "positive": f"password text {i}"} for i in range(4)]
