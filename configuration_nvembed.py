@@ -1,7 +1,7 @@
 """What an NV-Embed checkpoint says about itself.
 
 The field names are those of the released `nvidia/NV-Embed-v1` and `-v2` checkpoints, so that their `config.json`
-loads unchanged; `pooling_type` is the one addition.
+loads unchanged; `pooling_type`, `latent_attention_is_folded`, `prompts` and `max_seq_length` are added.
 """
 
 from transformers import MistralConfig, PretrainedConfig
@@ -64,10 +64,13 @@ class NVEmbedConfig(PretrainedConfig):
         add_pad_token: pad with `</s>` when the tokenizer has no pad token.
         is_mask_instruction: leave the instruction's tokens out of the pooling.
         add_eos: `encode` appends the end token to every text. False where the tokenizer appends it by itself, as in
-            the checkpoints that `train/init_checkpoint.py` makes.
+            the checkpoints that `train/init_checkpoint.py --base` makes.
+        latent_attention_is_folded: the weights are those of `NVEmbedModel.fold_latent_attention`.
+        prompts: instructions by the name of their task, for `SentenceTransformer.encode(..., prompt_name=...)`.
+        max_seq_length: tokens of a text under sentence-transformers; None: the decoder's `max_position_embeddings`.
 
     Raises:
-        ValueError: `pooling_type`, `mask_type` or `padding_side` is not one of the above.
+        ValueError: `pooling_type`, `mask_type` or `padding_side` is not one of the above; folded without latents.
     """
 
     model_type = "nvembed"
@@ -83,6 +86,9 @@ class NVEmbedConfig(PretrainedConfig):
         add_pad_token: bool = True,
         is_mask_instruction: bool = True,
         add_eos: bool = True,
+        latent_attention_is_folded: bool = False,
+        prompts: dict[str, str] | None = None,
+        max_seq_length: int | None = None,
         **kwargs,
     ):
         for field, value, known in (
@@ -101,6 +107,11 @@ class NVEmbedConfig(PretrainedConfig):
         self.add_pad_token = add_pad_token
         self.is_mask_instruction = is_mask_instruction
         self.add_eos = add_eos
+        if latent_attention_is_folded and pooling_type != "latent_attention":
+            raise ValueError(f"latent_attention_is_folded is set, and pooling_type {pooling_type!r} has no latents")
+        self.latent_attention_is_folded = latent_attention_is_folded
+        self.prompts = prompts or {}
+        self.max_seq_length = max_seq_length
         super().__init__(**kwargs)
 
 

@@ -2,11 +2,17 @@
 
 Source: Lee et al., "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models",
 arXiv 2405.17428. Modules carry the names of the released weights. The file follows a text on its way:
-attention, decoder layer, decoder, pooling, model, `encode`.
+layout in memory, decoder, pooling, tokens, model, `encode`; the sentence-transformers module comes last.
 """
 
+import json
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +21,92 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.logging import tqdm
 
 from .configuration_nvembed import BidirectionalMistralConfig, LatentAttentionConfig, NVEmbedConfig
+
+
+try:  # attention over texts of different lengths laid end to end, CUDA only
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
+except ImportError:
+    try:
+        from flash_attn import flash_attn_varlen_func as varlen_attn
+    except ImportError:
+        varlen_attn = None
+
+logger = logging.get_logger(__name__)
+
+# Texts tokenized and sorted at once: many batches, so that sorting helps, and few enough to tokenize in a second.
+WINDOW_TEXTS = 4096
+
+
+# --- Layout: how the texts of a batch lie in memory ------------------------------------------------------------------
+
+
+class PaddedTexts:
+    """Texts as rows `[batch, tokens]`, the shorter ones padded on the right."""
+
+    def __init__(self, tokens: int, attention_mask: Tensor | None = None):
+        self.tokens = tokens
+        self.mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.arange(self.tokens, device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
+        """Attention within each row, padding left out; all `[batch, tokens, heads, head_dim]`."""
+        mask = None if self.mask is None else self.mask.to(q.device)
+        if is_causal and mask is not None:
+            mask, is_causal = mask & mask.new_ones(self.tokens, self.tokens).tril(), False
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).transpose(1, 2)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
+
+class PackedTexts:
+    """Texts laid end to end, `[tokens]`: no padding, so no work on it.
+
+    Args:
+        lengths: tokens of each text. Neighbours of one length share an attention call where there is no kernel for
+            variable lengths, so texts should come sorted by length.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+        self._cumulative: Tensor | None = None
+
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.cat([torch.arange(length) for length in self.lengths]).to(device, non_blocking=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
+        """Attention within each text; all `[tokens, heads, head_dim]`."""
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if varlen_attn is not None and q.is_cuda and half and not is_causal and not dropout:
+            ends, longest = self._ends(q.device), max(self.lengths)
+            return varlen_attn(q, k, v, ends, ends, longest, longest)
+        out, start = [], 0
+        for length, run in groupby(self.lengths):
+            texts = sum(1 for _ in run)
+            stop = start + texts * length
+            rows = (x[start:stop].unflatten(0, (texts, length)).transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(*rows, None, dropout, is_causal)
+            out.append(attended.transpose(1, 2).flatten(0, 1))
+            start = stop
+        return torch.cat(out)
+
+    def _ends(self, device: torch.device) -> Tensor:
+        """0 and the position behind each text, int32 `[texts + 1]`: made once a batch, kept for all layers."""
+        if self._cumulative is None or self._cumulative.device != device:
+            ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
+            self._cumulative = ends.to(device, non_blocking=True)
+        return self._cumulative
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`[tokens, ...]` as zero-padded rows `[texts, longest, ...]`."""
+        return nn.utils.rnn.pad_sequence(x.split(self.lengths), batch_first=True)
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
@@ -48,9 +136,11 @@ def inverse_frequencies(config: BidirectionalMistralConfig, device: torch.device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates `[batch, heads, tokens, head_dim]` by angles given as `[tokens, head_dim]`; halves are paired."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotates `[..., tokens, heads, head_dim]` by angles given as `[tokens, 1, head_dim]`.
+
+    Dimension i is paired with i + head_dim / 2; `sin` comes with its first half negated.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class MistralRMSNorm(nn.Module):
@@ -65,7 +155,7 @@ class MistralRMSNorm(nn.Module):
 
 
 class MistralAttention(nn.Module):
-    """Grouped-query attention with rotary positions; the mask decides whether it is bidirectional."""
+    """Grouped-query attention with rotary positions, bidirectional unless `is_causal`."""
 
     def __init__(self, config: BidirectionalMistralConfig):
         super().__init__()
@@ -78,16 +168,13 @@ class MistralAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        head_shape = (*x.shape[:-1], -1, self.head_dim)  # [batch, tokens, heads, head_dim]
-        q = rotate(self.q_proj(x).view(head_shape).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(head_shape).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(head_shape).transpose(1, 2)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, texts: PaddedTexts | PackedTexts, is_causal: bool) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [..., tokens, heads, head_dim]
         if self.groups > 1:  # not `enable_gqa`: with a mask it has no fused kernel on CUDA
-            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+            k, v = k.repeat_interleave(self.groups, dim=-2), v.repeat_interleave(self.groups, dim=-2)
+        out = texts.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
+        return self.o_proj(out.flatten(-2))
 
 
 class MistralMLP(nn.Module):
@@ -110,8 +197,8 @@ class MistralDecoderLayer(nn.Module):
         self.input_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, is_causal)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, texts: PaddedTexts | PackedTexts, is_causal: bool) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, texts, is_causal)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -127,29 +214,22 @@ class BidirectionalMistralModel(nn.Module):
         self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids and their mask, both `[batch, tokens]`, to states `[batch, tokens, hidden]`.
+    def forward(self, input_ids: Tensor, texts: PaddedTexts | PackedTexts | None = None) -> Tensor:
+        """Token ids `[batch, tokens]` or `[tokens]`, as `texts` says, to states of that shape, `[..., hidden]`.
 
-        Without `attention_mask` every position is a token, which spares the attention its mask.
+        Without `texts` every row is one text without padding.
         """
+        texts = texts or PaddedTexts(input_ids.shape[-1])
         x = self.embed_tokens(input_ids)
         frequencies, scaling = inverse_frequencies(self.config, x.device)
-        angles = torch.outer(torch.arange(x.shape[1], device=x.device, dtype=torch.float32), frequencies)
-        angles = torch.cat((angles, angles), dim=-1)  # [tokens, head_dim]
+        angles = torch.outer(texts.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
         cos, sin = ((scaling * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin))
-
-        is_causal, mask = self.mask_type == "c", None
-        if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]
-            if is_causal:
-                tokens = x.shape[1]
-                mask = mask & torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
-                is_causal = False  # the mask says it now
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [tokens, 1, head_dim]
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, is_causal, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, texts, self.mask_type == "c", use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, is_causal)
+                x = layer(x, cos, sin, texts, self.mask_type == "c")
         return self.norm(x)
 
 
@@ -163,8 +243,8 @@ class MeanPooling(nn.Module):
         super().__init__()
         self.output_normalize = config.output_normalize
 
-    def forward(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """States `[batch, tokens, hidden]` to states of the same shape."""
+    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        """States `[batch, tokens, hidden]` or `[tokens, hidden]`, as `texts` says, to states of the same shape."""
         return states
 
     def pool(self, states: Tensor, pool_mask: Tensor) -> Tensor:
@@ -201,12 +281,11 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * inner, bias=False)
         self.to_out = ResidualOutput(inner, config.hidden_dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x` `[batch, tokens, hidden]`, `context` `[batch, keys, width]`, mask over the keys `[batch, keys]`."""
+    def forward(self, x: Tensor, context: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        """`x` `[..., tokens, hidden]`, `context` `[..., keys, width]`, both laid out as `texts` says."""
         q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.bool()[:, None, None, :])
-        return self.to_out(out.transpose(1, 2).flatten(-2))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return self.to_out(texts.attend(q, k, v).flatten(-2))
 
 
 class GEGLU(nn.Module):
@@ -248,14 +327,67 @@ class LatentAttention(MeanPooling):
         )
         self.latents = nn.Parameter(torch.empty(config.num_latents_value, config.latent_dim))
 
-    def forward(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
         attend, feed = self.cross_attend_blocks
         context = attend.norm_context(self.latents).unsqueeze(0)
         # Every token of every text meets the same latents: the batch is one long row, its keys are computed once.
-        x = states.flatten(0, 1).unsqueeze(0)
-        x = x + attend.fn(attend.norm(x), context)
+        x = states.flatten(0, -2).unsqueeze(0)
+        x = x + attend.fn(attend.norm(x), context, PaddedTexts(x.shape[1]))
         x = x + feed.fn(feed.norm(x))
         return x.view_as(states)
+
+
+class FoldedLatentAttention(MeanPooling):
+    """A trained latent attention with everything multiplied out that does not depend on the text.
+
+    The latents are constants once trained, so the keys K and values V of each head are too, and the head's
+    `softmax(x Wq K^T) V Wo` is `softmax(x A^T) B^T` with `A = K Wq^T` and `B = Wo^T V^T`: two linear maps with a
+    softmax over each head's latents between them. The LayerNorms' weights go into the maps behind them. Exact algebra;
+    at the released size 537 M parameters become 33.6 M, the MLP aside. For evaluation only: training moves the latents.
+    """
+
+    def __init__(self, config: LatentAttentionConfig):
+        super().__init__(config)
+        dim, scores = config.hidden_dim, config.num_cross_heads * config.num_latents_value
+        self.heads = config.num_cross_heads
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.to_scores = nn.Linear(dim, scores)
+        self.to_out = nn.Linear(scores, dim, bias=False)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        if self.training:
+            raise RuntimeError("the latent attention is folded, which is for evaluation: train the unfolded checkpoint")
+        scores = self.to_scores(self.norm(states)).unflatten(-1, (self.heads, -1))
+        x = states + self.to_out(scores.softmax(-1).flatten(-2))
+        return x + self.feed_forward(self.norm(x))
+
+    @classmethod
+    @torch.no_grad()
+    def fold(cls, block: LatentAttention, config: LatentAttentionConfig) -> "FoldedLatentAttention":
+        """Folds `block`; computed in fp64, head by head, whatever the dtype of the weights, and rounded once."""
+        attend, feed = block.cross_attend_blocks
+        heads, width, latents = config.num_cross_heads, config.cross_dim_head, config.num_latents_value
+        folded = cls(config).to(block.latents.device, block.latents.dtype).eval()
+        context = F.layer_norm(block.latents.double(), (config.latent_dim,)) * attend.norm_context.weight.double()
+        context += attend.norm_context.bias.double()
+        for head in range(heads):
+            inner, outer = slice(head * width, (head + 1) * width), slice(head * latents, (head + 1) * latents)
+            keys, values = (
+                context @ weight[inner].double().T for weight in attend.fn.to_kv.weight.chunk(2)
+            )  # [latents, width]
+            scores = width**-0.5 * keys @ attend.fn.to_q.weight[inner].double()  # [latents, hidden]
+            folded.to_scores.weight[outer] = (scores * attend.norm.weight.double()).to(folded.to_scores.weight.dtype)
+            folded.to_scores.bias[outer] = (scores @ attend.norm.bias.double()).to(folded.to_scores.bias.dtype)
+            out = attend.fn.to_out.weight[:, inner].double() @ values.T  # [hidden, latents]
+            folded.to_out.weight[:, outer] = out.to(folded.to_out.weight.dtype)
+        first, last = feed.fn.net[0], feed.fn.net[2]
+        weight = first.weight.double()
+        bias = first.bias.double() + weight @ feed.norm.bias.double()
+        folded.feed_forward.net[0].weight.copy_(weight * feed.norm.weight.double())
+        folded.feed_forward.net[0].bias.copy_(bias)
+        folded.feed_forward.net[2].load_state_dict(last.state_dict())
+        return folded
 
 
 class SelfAttention(MeanPooling):
@@ -266,10 +398,10 @@ class SelfAttention(MeanPooling):
         dim = config.hidden_dim
         self.self_attend_blocks = nn.ModuleList([PreNorm(dim, Attention(config, dim)), PreNorm(dim, FeedForward(dim))])
 
-    def forward(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
         attend, feed = self.self_attend_blocks
         normed = attend.norm(states)
-        states = states + attend.fn(normed, normed, attention_mask)
+        states = states + attend.fn(normed, normed, texts)
         return states + feed.fn(feed.norm(states))
 
 
@@ -349,19 +481,69 @@ def pad(texts: list[TokenizedText], pad_token_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask.long(), "pool_mask": pool_mask.long()}
 
 
-def length_sorted_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each of at most `batch_tokens` tokens with its padding.
+def pack(texts: list[TokenizedText]) -> dict[str, Tensor | list[int]]:
+    """Lays texts end to end: `input_ids` and `pool_mask`, each `[tokens]`, and the `lengths` of the texts."""
+    input_ids = torch.tensor([token for text in texts for token in text.input_ids])
+    lengths = [len(text.input_ids) for text in texts]
+    pool_mask = torch.ones_like(input_ids)
+    start = 0
+    for text, length in zip(texts, lengths):
+        pool_mask[start : start + text.instruction_length] = 0
+        start += length
+    return {"input_ids": input_ids, "pool_mask": pool_mask, "lengths": lengths}
+
+
+def length_sorted_batches(lengths: list[int], batch_tokens: int, batch_size: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each of at most `batch_tokens` tokens, `batch_size` texts.
 
     A text longer than `batch_tokens` makes a batch of its own.
     """
-    batch: list[int] = []
+    batch, tokens = [], 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+        if batch and (tokens + lengths[index] > batch_tokens or len(batch) == batch_size):
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(index)
+        tokens += lengths[index]
     if batch:
         yield batch
+
+
+def check_texts(texts: Iterable[str], name: str = "prompts") -> list[str]:
+    """The texts as a list, each one such that a tokenizer can read it.
+
+    Raises:
+        TypeError: `texts` is a single string, or holds something else than strings.
+        ValueError: no texts; a NUL character or half of a surrogate pair in one.
+        RuntimeError: the iterable raised; the error names how far it came.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"{name} is the string {texts[:40]!r}; encode takes a list: encode([text])")
+    if not isinstance(texts, Iterable) or isinstance(texts, (bytes, dict)):
+        raise TypeError(f"{name} is of type {type(texts).__name__}; encode takes a list of strings")
+    checked: list[str] = []
+    try:
+        checked.extend(texts)
+    except Exception as error:  # `extend` keeps what came before it
+        raise RuntimeError(f"{name}[{len(checked)}] could not be read: the iterable raised {error!r}") from error
+    if len(checked) == 0:
+        raise ValueError(f"{name} is an empty list; encode needs at least one text")
+    for position, text in enumerate(checked):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{position}] is {text!r} of type {type(text).__name__}, not a string")
+        if "\0" in text:
+            raise ValueError(
+                f"{name}[{position}] holds a NUL character at position {text.index(chr(0))}, as broken extractions do; "
+                'take it out: text.replace("\\0", "")'
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}[{position}] holds half of a surrogate pair, {text[error.start]!r}, at position {error.start}; "
+                'mend it: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+            ) from None
+    return checked
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -372,8 +554,8 @@ class NVEmbedModelOutput(ModelOutput):
     """
     Args:
         sentence_embeddings: fp32 `[batch, hidden]`; without a pool mask the token states, as in the released code.
-        last_hidden_state: token states `[batch, tokens, hidden]` behind the latent attention, given without a pool
-            mask only.
+        last_hidden_state: token states behind the latent attention, `[batch, tokens, hidden]`, or `[tokens, hidden]`
+            of packed texts.
     """
 
     sentence_embeddings: Tensor | None = None
@@ -391,14 +573,15 @@ class NVEmbedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["MistralDecoderLayer", "LatentAttention", "SelfAttention"]
+    _no_split_modules = ["MistralDecoderLayer", "LatentAttention", "FoldedLatentAttention", "SelfAttention"]
 
     def __init__(self, config: NVEmbedConfig):
         super().__init__(config)
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.embedding_model = BidirectionalMistralModel(config.text_config, config.mask_type)
         # The released name, whatever the pooling, so that `train/` finds what it trains in full under one name.
-        self.latent_attention_model = POOLINGS[config.pooling_type](config.latent_attention_config)
+        pooling = FoldedLatentAttention if config.latent_attention_is_folded else POOLINGS[config.pooling_type]
+        self.latent_attention_model = pooling(config.latent_attention_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -425,21 +608,50 @@ class NVEmbedModel(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pool_mask: Tensor | None = None,
+        lengths: list[int] | None = None,
         return_dict: bool = True,
     ) -> NVEmbedModelOutput | tuple[Tensor]:
-        """Token ids `[batch, tokens]` to embeddings, or to token states.
+        """Token ids to embeddings, or to token states.
+
+        The texts are rows, `[batch, tokens]`, or, with `lengths`, laid end to end without padding, `[tokens]`.
 
         Args:
-            attention_mask: 1 for a token, 0 for padding, `[batch, tokens]`; None: no padding.
-            pool_mask: 1 for a token that counts in the pooling, `[batch, tokens]`; None: no pooling.
+            attention_mask: 1 for a token, 0 for padding, shaped as `input_ids`; None: no padding.
+            pool_mask: 1 for a token that counts in the pooling, shaped as `input_ids`; None: no pooling.
+            lengths: tokens of each packed text; see `pack`.
             return_dict: False for a tuple of one tensor.
         """
-        states = self.embedding_model(input_ids, attention_mask)
-        states = self.latent_attention_model(states, attention_mask)
+        texts = PaddedTexts(input_ids.shape[-1], attention_mask) if lengths is None else PackedTexts(lengths)
+        states = self.latent_attention_model(self.embedding_model(input_ids, texts), texts)
         if pool_mask is None:
             return NVEmbedModelOutput(states, states) if return_dict else (states,)
-        embeddings = self.latent_attention_model.pool(states, pool_mask)
-        return NVEmbedModelOutput(embeddings) if return_dict else (embeddings,)
+        embeddings = self.latent_attention_model.pool(texts.rows(states), texts.rows(pool_mask))
+        return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
+
+    def fold_latent_attention(self) -> "NVEmbedModel":
+        """Replaces the latent attention by its folded form, in place; see `FoldedLatentAttention`.
+
+        The folded model saves and loads as such. There is no way back: keep the unfolded checkpoint for training.
+
+        Raises:
+            ValueError: the pooling is not a latent attention, the model is in training mode, or its weights are not
+                in memory.
+        """
+        block = self.latent_attention_model
+        if isinstance(block, FoldedLatentAttention):
+            return self
+        if not isinstance(block, LatentAttention):
+            raise ValueError(
+                f"the pooling is a {type(block).__name__} (pooling_type {self.config.pooling_type!r}), not a latent "
+                "attention; merge an adapter before folding"
+            )
+        if self.training:
+            raise ValueError("the model is in training mode, and folded latents cannot be trained; call model.eval()")
+        if block.latents.is_meta:
+            raise ValueError("the latent attention is offloaded; load it onto one device before folding")
+        self.latent_attention_model = FoldedLatentAttention.fold(block, self.config.latent_attention_config)
+        self.config.latent_attention_is_folded = True
+        return self
 
     @torch.no_grad()
     def encode(
@@ -448,68 +660,155 @@ class NVEmbedModel(PreTrainedModel):
         instruction: str = "",
         max_length: int = 4096,
         batch_tokens: int | None = None,
+        batch_size: int | None = None,
+        normalize: bool | None = None,
+        truncate_dim: int | None = None,
+        convert_to_numpy: bool = False,
         show_progress_bar: bool = False,
-    ) -> Tensor:
+        return_numpy: bool = False,
+        num_workers: int | None = None,
+    ):
         """Embeds texts, in evaluation mode and without gradients.
 
+        Texts of similar length share a batch, laid end to end without padding. Next to an accelerator a thread
+        tokenizes ahead. If a batch does not fit into memory, the budget is halved and the work goes on.
+
         Args:
-            prompts: the texts, without instruction.
+            prompts: the texts, without instruction: a list, a generator, a column of a dataset.
             instruction: prefix of every text, as `format_instruction` writes it; left out of the pooling.
             max_length: tokens of a text with its instruction and special tokens; the rest is cut off.
-            batch_tokens: tokens of a batch, padding included; texts of similar length share one. None: 2,048 on a
-                CPU, where a batch should fit its caches, 16,384 elsewhere.
+            batch_tokens: tokens of a batch. None: 2,048 on a CPU, where a batch should fit its caches, 16,384
+                elsewhere.
+            batch_size: texts of a batch at most; None: only tokens count.
+            normalize: L2-normalize the embeddings; None: as the config's `output_normalize` says.
+            truncate_dim: keep the first so many dimensions, before the normalization.
+            convert_to_numpy: return a NumPy array; the embeddings then gather in host memory.
+            show_progress_bar: show one.
+            return_numpy: the released name of `convert_to_numpy`.
+            num_workers: of the released code; without effect, tokenizing runs in Rust.
 
         Returns:
-            fp32 `[len(prompts), hidden]` on the model's device, in the order of the prompts, L2-normalized unless
-            the config's `output_normalize` is off.
+            fp32 `[len(prompts), hidden or truncate_dim]` in the order of the prompts, on the model's device.
 
         Raises:
             TypeError: `prompts` is a single string, or holds something else than strings.
-            ValueError: no prompts; `max_length` leaves nothing to pool; the model has no tokenizer.
+            ValueError: no prompts, or one with a NUL or half of a surrogate pair; an argument out of its range;
+                `max_length` leaves nothing to pool; the model has no tokenizer.
+            RuntimeError: the iterable raised.
         """
-        prompts = self._check_prompts(prompts, instruction)
-        texts = tokenize(self.tokenizer, self.config, prompts, [instruction] * len(prompts), max_length)
-        batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
-        batches = list(length_sorted_batches([len(text.input_ids) for text in texts], batch_tokens))
-        embeddings = torch.empty(len(texts), self.config.hidden_size, device=self.device)
-        was_training = self.training
-        self.eval()
-        try:
-            with tqdm(total=len(texts), desc="Encoding", unit="text", disable=not show_progress_bar) as progress:
-                for batch in batches:
-                    features = pad([texts[i] for i in batch], self.tokenizer.pad_token_id)
-                    if features["attention_mask"].all():
-                        features["attention_mask"] = None
-                    features = {name: x if x is None else x.to(self.device) for name, x in features.items()}
-                    embeddings[batch] = self(**features).sentence_embeddings
-                    progress.update(len(batch))
-        finally:
-            self.train(was_training)
-        return embeddings
-
-    def _check_prompts(self, prompts: Iterable[str], instruction: str) -> list[str]:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load one with `from_pretrained`, or set `model.tokenizer`")
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts is the string {prompts[:40]!r}; encode takes a list: encode([text])")
-        if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, dict)):
-            raise TypeError(f"prompts is of type {type(prompts).__name__}; encode takes a list of strings")
         if not isinstance(instruction, str):
             raise TypeError(f"instruction is {instruction!r}, not a string; leave it out for no instruction")
-        prompts = list(prompts)
-        if len(prompts) == 0:
-            raise ValueError("prompts is an empty list; encode needs at least one text")
-        for position, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompts[{position}] is {prompt!r} of type {type(prompt).__name__}, not a string")
-        return prompts
+        check_texts([instruction], "instruction")
+        prompts = check_texts(prompts)
+        for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more, or None")
+        hidden = self.config.hidden_size
+        if truncate_dim is not None and not 1 <= truncate_dim <= hidden:
+            raise ValueError(f"truncate_dim is {truncate_dim}; it must be from 1 to {hidden}, the embeddings' width")
+        if normalize is None:
+            normalize = self.config.latent_attention_config.output_normalize
+        convert_to_numpy = convert_to_numpy or return_numpy
+
+        budget = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        device = torch.device("cpu") if convert_to_numpy else self.device
+        embeddings = torch.empty(len(prompts), truncate_dim or hidden, device=device)
+        was_training, done = self.training, 0
+        self.eval()
+        try:
+            with tqdm(total=len(prompts), desc="Encoding", unit="text", disable=not show_progress_bar) as progress:
+                for window in self._tokenize_ahead(prompts, instruction, max_length):
+                    states, budget = self._embed(window, budget, batch_size, done, progress)
+                    states = states[:, :truncate_dim]
+                    embeddings[done : done + len(window)] = F.normalize(states, dim=-1) if normalize else states
+                    done += len(window)
+        finally:
+            self.train(was_training)
+        return embeddings.numpy() if convert_to_numpy else embeddings
+
+    def _do_encode(
+        self,
+        prompts: Iterable[str],
+        batch_size: int = 1,
+        instruction: str = "",
+        max_length: int = 4096,
+        num_workers: int = 32,
+        **options,
+    ):
+        """`encode` under the name and with the order of arguments of the released code's second entry."""
+        return self.encode(prompts, instruction, max_length, batch_size=batch_size, **options)
+
+    def _tokenize_ahead(self, prompts: list[str], instruction: str, max_length: int) -> Iterator[list[TokenizedText]]:
+        """Tokenizes windows of the prompts, one window ahead of the device that works on the last one."""
+
+        def tokenize_window(window: list[str]) -> list[TokenizedText]:
+            return tokenize(self.tokenizer, self.config, window, [instruction] * len(window), max_length)
+
+        windows = (prompts[start : start + WINDOW_TEXTS] for start in range(0, len(prompts), WINDOW_TEXTS))
+        if self.device.type == "cpu":  # both would fight for the same cores
+            yield from map(tokenize_window, windows)
+            return
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            ahead: Future | None = None
+            for window in windows:
+                tokenized, ahead = ahead, thread.submit(tokenize_window, window)
+                if tokenized is not None:
+                    yield tokenized.result()
+            yield ahead.result()
+
+    def _embed(
+        self, texts: list[TokenizedText], batch_tokens: int, batch_size: int | None, position: int, progress
+    ) -> tuple[Tensor, int]:
+        """Unnormalized embeddings `[texts, hidden]`, and the budget that memory allowed; `position`: of the first."""
+        lengths = [len(text.input_ids) for text in texts]
+        embeddings = torch.empty(len(texts), self.config.hidden_size, device=self.device)
+        batches = deque(length_sorted_batches(lengths, batch_tokens, batch_size))
+        while batches:
+            try:
+                embeddings[batches[0]] = self._embed_batch([texts[i] for i in batches[0]])
+                progress.update(len(batches.popleft()))
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batches[0]) == 1:
+                    raise RuntimeError(
+                        f"prompts[{position + batches[0][0]}] alone, {lengths[batches[0][0]]} tokens, does not fit "
+                        "into memory; lower max_length, or load the model in bfloat16 or quantized"
+                    ) from error
+            # Out of the `except`, whose traceback held on to the failed batch's tensors.
+            batch_tokens = sum(lengths[i] for i in batches[0]) // 2
+            remaining = [i for batch in batches for i in batch]
+            halved = length_sorted_batches([lengths[i] for i in remaining], batch_tokens, batch_size)
+            batches = deque([remaining[i] for i in batch] for batch in halved)
+            logger.warning(f"Out of memory: batch_tokens is {batch_tokens} from here on.")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return embeddings, batch_tokens
+
+    def _embed_batch(self, texts: list[TokenizedText]) -> Tensor:
+        features = pack(texts)
+        for name in ("input_ids", "pool_mask"):
+            if self.device.type == "cuda":
+                features[name] = features[name].pin_memory()
+            features[name] = features[name].to(self.device, non_blocking=True)
+        lengths = features["lengths"]
+        states = self(features["input_ids"], lengths=lengths).last_hidden_state.to(self.device)
+        rows = PackedTexts(lengths).rows
+        return self.latent_attention_model.reduce(rows(states), rows(features["pool_mask"]))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, fold_latent_attention: bool = False, **kwargs):
         """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer that lies beside them.
 
+        Args:
+            fold_latent_attention: fold it after loading; see `fold_latent_attention`.
+
         Raises:
-            ValueError: the checkpoint is another kind of model, or has no tokenizer.
+            ValueError: the checkpoint is another kind of model, has no tokenizer, or lacks a tensor or has one too
+                many.
         """
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
@@ -519,16 +818,70 @@ class NVEmbedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is a {saved.get('model_type')!r} model, not an NV-Embed checkpoint; "
                 "train/init_checkpoint.py --base makes one from a decoder"
             )
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        with_info = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs["quantization_config"] = _spare_the_pooling(kwargs.get("quantization_config"))
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that errors name the tensor
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if (damaged := find_damaged_file(pretrained_model_name_or_path)) is None:
+                raise
+            raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
+        _check_loaded(pretrained_model_name_or_path, info, may_differ)
         model.tokenizer = load_tokenizer(pretrained_model_name_or_path, model.config, **hub_options)
-        return loaded
+        if fold_latent_attention:
+            model.fold_latent_attention()
+        return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Writes safetensors, `config.json`, the two code files, and the tokenizer: a folder that loads anywhere."""
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)  # first: `push_to_hub=True` uploads what is there
+        """Writes a folder that loads anywhere: safetensors, config, the two code files, tokenizer, and what
+        sentence-transformers wants to know."""
+        if kwargs.get("is_main_process", True):  # first: `push_to_hub=True` uploads what is there
+            save_tokenizer(self.tokenizer, save_directory)
+            save_sentence_transformers_files(self.config, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _spare_the_pooling(quantization_config):
+    """bitsandbytes quantizes the decoder's linear layers; the latent attention, three of them, stays as it is."""
+    if getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
+        quantization_config = copy(quantization_config)
+        quantization_config.llm_int8_skip_modules = ["latent_attention_model"]
+    return quantization_config
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _check_loaded(name: str, info: dict, may_differ: bool) -> None:
+    """transformers warns of missing, unknown and misshapen tensors, and starts from random ones; this refuses."""
+    advice = "is the download whole, and does config.json belong to these weights?"
+    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        if keys:
+            raise ValueError(f"{name} {problem} tensors: {len(keys)}, the first is {min(keys)}; {advice}")
+    if info["mismatched_keys"] and not may_differ:
+        key, found, expected = min(info["mismatched_keys"])
+        raise ValueError(f"{name}: {key} is {list(found)} in the file and {list(expected)} by the config; {advice}")
+
+
+def find_damaged_file(folder: str) -> Path | None:
+    """The first safetensors file of a local folder whose size is not the one in its header."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                tensors = json.loads(file.read(min(length, path.stat().st_size)))
+                ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
+            except ValueError:
+                return path
+        if path.stat().st_size != 8 + length + max(ends, default=0):
+            return path
+    return None
 
 
 def load_tokenizer(name_or_path: str, config: NVEmbedConfig, **hub_options) -> PreTrainedTokenizerFast:
@@ -541,6 +894,123 @@ def load_tokenizer(name_or_path: str, config: NVEmbedConfig, **hub_options) -> P
     if tokenizer.pad_token is None and config.add_pad_token:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: str) -> None:
+    """Writes the tokenizer so that any transformers from 4.51 on reads it; transformers 5 alone would not."""
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer_config.json")
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+    if not settings.get("extra_special_tokens"):
+        settings.pop("extra_special_tokens", None)  # an empty list, where 4 wants a dictionary
+    for how_it_was_loaded in ("backend", "is_local", "local_files_only"):
+        settings.pop(how_it_was_loaded, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_sentence_transformers_files(config: NVEmbedConfig, folder: str) -> None:
+    """Writes `modules.json` and `config_sentence_transformers.json`, with the config's prompts."""
+    module = {"idx": 0, "name": "0", "path": "", "type": "modeling_nvembed.NVEmbedTransformer"}
+    settings = {"prompts": config.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "modules.json").write_text(json.dumps([module], indent=2) + "\n")
+    Path(folder, "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# --- sentence-transformers -------------------------------------------------------------------------------------------
+
+
+class NVEmbedTransformer(nn.Module):
+    """The one module of a `SentenceTransformer` made from a checkpoint: text to embedding, as `NVEmbedModel.encode`.
+
+    sentence-transformers' own `Transformer` and `Pooling` would count a prompt's tokens differently, and know nothing
+    of the `</s>` that the released code writes as text. `prompt` is the instruction. This class follows their interface
+    (`preprocess`, or `tokenize` before 5.4) without importing them.
+    """
+
+    save_in_root = True
+    modalities = ["text"]
+
+    def __init__(self, model: NVEmbedModel):
+        super().__init__()
+        self.auto_model = model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.auto_model.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.auto_model.tokenizer = tokenizer
+
+    @property
+    def processor(self) -> PreTrainedTokenizerFast:
+        return self.auto_model.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a text with its prompt; kept in the config, so that it is saved."""
+        config = self.auto_model.config
+        return config.max_seq_length or config.text_config.max_position_embeddings
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self.auto_model.config.max_seq_length = tokens
+
+    def get_embedding_dimension(self) -> int:
+        return self.auto_model.config.hidden_size
+
+    get_sentence_embedding_dimension = get_embedding_dimension  # its name before 5.4
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, **options) -> dict[str, Tensor]:
+        """Texts to padded tensors, each `[texts, longest]`; the prompt's tokens are left out of `pool_mask`."""
+        texts, model = check_texts(inputs), self.auto_model
+        prompts = [prompt or ""] * len(texts)
+        max_length = options.get("max_length") or self.max_seq_length
+        return pad(tokenize(model.tokenizer, model.config, texts, prompts, max_length), model.tokenizer.pad_token_id)
+
+    def tokenize(self, texts: list[str], **options) -> dict[str, Tensor]:
+        """Texts that hold their prompt already; its length comes to `forward` in the features."""
+        return self.preprocess(texts)
+
+    def forward(self, features: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        mask, pool_mask = features["attention_mask"], features["pool_mask"]
+        if features.get("prompt_length") is not None and self.auto_model.config.is_mask_instruction:
+            # Before 5.4: the prompt's tokens and `<s>`. `encode` leaves out as many positions as the prompt has tokens.
+            length = torch.as_tensor(features["prompt_length"], device=pool_mask.device).flatten()[0] - 1
+            pool_mask = pool_mask * (torch.arange(pool_mask.shape[1], device=pool_mask.device) >= length)
+        output = self.auto_model(features["input_ids"], mask, pool_mask)
+        embeddings, states = output.sentence_embeddings, output.last_hidden_state
+        return features | {"sentence_embedding": embeddings, "token_embeddings": states}
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict | None = None,
+        **kwargs,
+    ) -> "NVEmbedTransformer":
+        """What `SentenceTransformer(model_name_or_path, model_kwargs=...)` calls; `model_kwargs` go to
+        `NVEmbedModel.from_pretrained`."""
+        hub_options = {"token": token, "cache_dir": cache_folder, "revision": revision}
+        model = NVEmbedModel.from_pretrained(
+            model_name_or_path, local_files_only=local_files_only, **hub_options, **(model_kwargs or {})
+        )
+        return cls(model)
+
+    def save(self, output_path: str, *args, **kwargs) -> None:
+        # sentence-transformers writes its own two files itself, with its user's prompts in them.
+        save_tokenizer(self.tokenizer, output_path)
+        PreTrainedModel.save_pretrained(self.auto_model, output_path)
 
 
 NVEmbedModel.register_for_auto_class()

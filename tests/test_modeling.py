@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.modeling_nvembed import format_instruction, length_sorted_batches, pad, tokenize
+from nvembed.modeling_nvembed import PaddedTexts, format_instruction, length_sorted_batches, pad, tokenize
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -192,7 +192,7 @@ def test_pooling_equals_loop(model, pooling_type):
         vector = x[-1] if pooling_type == "eos" else x[s:].mean(0)
         expected.append(vector / vector.norm())
     with torch.no_grad():
-        actual = pooling.pool(pooling(states, attention_mask), pool_mask)
+        actual = pooling.pool(pooling(states, PaddedTexts(6, attention_mask)), pool_mask)
     torch.testing.assert_close(actual.double(), torch.stack(expected).detach(), atol=1e-6, rtol=0)
 
 

@@ -1,11 +1,27 @@
 """Checkpoint folders: none is overwritten, none is left half-written."""
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
-from nvembed.modeling_nvembed import NVEmbedModel
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import custom_object_save
+
+from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.modeling_nvembed import (
+    NVEmbedModel,
+    format_instruction,
+    load_tokenizer,
+    save_sentence_transformers_files,
+    save_tokenizer,
+)
 
 
 # What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
@@ -30,22 +46,132 @@ def check_output_dir(output_dir: str) -> Path:
     return folder
 
 
+@contextmanager
+def staged(output_dir: str) -> Iterator[Path]:
+    """A folder to write to, moved to `output_dir` when all is written: a folder with a `config.json` is whole.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+    """
+    folder = check_output_dir(output_dir)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in missing:  # of a failed attempt, not even empty folders stay
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
 def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
-    """Saves the model beside its place and moves it there: a folder with a `config.json` is whole.
+    """Saves the model.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
         ValueError: a weight is not finite.
     """
-    folder = check_output_dir(output_dir)
+    check_output_dir(output_dir)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
+    with staged(output_dir) as partial:
         model.save_pretrained(partial)
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert_released(source: str, output_dir: str) -> None:
+    """Writes a released checkpoint with our code: the same weights, never read into memory.
+
+    The files of weights are hard links where the file system allows it, copies elsewhere. Config and tokenizer stay
+    what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
+
+    Args:
+        source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
+        output_dir: the folder to write; must not hold a checkpoint.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+        ValueError: `source` is no NV-Embed checkpoint, or a tensor is missing, unknown, of another shape or cut off.
+    """
+    check_output_dir(output_dir)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+        except Exception as error:
+            raise ValueError(
+                f"{source} is neither a local folder nor a Hub model that can be reached: {error}"
+            ) from error
+    kind = NVEmbedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != NVEmbedConfig.model_type:
+        raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
+    config = NVEmbedConfig.from_pretrained(folder)
+    config.prompts = config.prompts or paper_prompts()
+    with torch.device("meta"):
+        model = NVEmbedModel(config)
+    shards = check_weights(folder, {name: list(tensor.shape) for name, tensor in model.state_dict().items()})
+    with staged(output_dir) as partial:
+        for shard in shards:
+            link_or_copy(shard, partial / shard.name)
+        if (folder / INDEX).is_file():
+            shutil.copyfile(folder / INDEX, partial / INDEX)
+        save_tokenizer(load_tokenizer(str(folder), config), str(partial))
+        save_sentence_transformers_files(config, str(partial))
+        custom_object_save(model, str(partial), config=config)  # the two code files, and `auto_map`
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(partial)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
+    """The safetensors files of a checkpoint, whose headers hold exactly the tensors `expected`, by name and shape.
+
+    Raises:
+        ValueError: a file is absent or damaged, a tensor is missing, unknown or of another shape.
+    """
+    names = ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    found = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= {key: file.get_slice(key).get_shape() for key in list(file.keys())}
+        except FileNotFoundError:
+            raise ValueError(f"{folder / name} is absent; download it") from None
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is cut off or damaged ({error}); download it again") from error
+    for problem, keys in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if keys:
+            raise ValueError(f"{folder} {problem} tensors: {len(keys)}, the first is {min(keys)}; is it whole?")
+    for name, shape in expected.items():
+        if list(found[name]) != shape:
+            raise ValueError(f"{folder}: {name} is {list(found[name])} in the file and {shape} by config.json")
+    return [folder / name for name in names]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # the Hub's cache holds links to its files
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def paper_prompts() -> dict[str, str]:
+    """The paper's instructions by task, for `config.prompts`; "<task>-document" is empty where documents carry none.
+
+    The second name is for mteb, which gives a prompt under the bare name of the task to queries and documents alike.
+    """
+    prompts = {}
+    for task, entry in json.loads((files("nvembed.eval") / "instructions.json").read_text()).items():
+        prompts[task] = format_instruction(entry.get("query") or entry["text"])
+        if entry.get("corpus") == "":
+            prompts[f"{task}-document"] = ""
+    prompts["Summarization"] = prompts["SUMM"]  # mteb's name of the released SUMM
+    return prompts

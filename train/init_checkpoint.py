@@ -1,9 +1,12 @@
-"""Makes an untrained NV-Embed checkpoint from a Mistral- or Llama-layout decoder.
+"""Makes an untrained NV-Embed checkpoint from a Mistral- or Llama-layout decoder, or one of ours from a released one.
 
     python train/init_checkpoint.py --base mistralai/Mistral-7B-v0.1 --output_dir runs/mistral
     python train/init_checkpoint.py --base models/smollm2.gguf --num_layers 8 --output_dir runs/smollm2
+    python train/init_checkpoint.py --from_released nvidia/NV-Embed-v2 --output_dir runs/nv-embed-v2
 
-Its embedding is the mean of the decoder's states: the new block adds nothing yet (see `NVEmbedModel`).
+An untrained embedding is the mean of the decoder's states: the new block adds nothing yet (see `NVEmbedModel`). A
+released checkpoint keeps its weights, by hard links where it can, and gets the code and the files that open it with
+today's transformers and sentence-transformers.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser,
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, convert_released, paper_prompts, write_checkpoint
 
 
 SUPPORTED = ("mistral", "llama")
@@ -23,8 +26,11 @@ SUPPORTED = ("mistral", "llama")
 
 @dataclass
 class InitArguments:
-    base: str = field(metadata={"help": "Decoder: Hub name, local folder, or .gguf file."})
     output_dir: str = field(metadata={"help": "Folder to write; must not hold a checkpoint."})
+    base: str | None = field(default=None, metadata={"help": "Decoder: Hub name, local folder, or .gguf file."})
+    from_released: str | None = field(
+        default=None, metadata={"help": "Instead of a base: a released NV-Embed, Hub name or local folder."}
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep the first so many layers; default all."})
     dtype: str = field(
@@ -78,6 +84,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
         pooling_type=args.pooling_type,
         mask_type=args.mask_type,
         add_eos=False,  # the tokenizer does it
+        prompts=paper_prompts(),
     )
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
@@ -143,8 +150,13 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
 
 
 def main(args: InitArguments) -> None:
-    check_output_dir(args.output_dir)
-    write_checkpoint(init_model(args), args.output_dir)
+    if (args.base is None) == (args.from_released is None):
+        raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
+    if args.from_released is not None:
+        convert_released(args.from_released, args.output_dir)
+    else:
+        check_output_dir(args.output_dir)
+        write_checkpoint(init_model(args), args.output_dir)
 
 
 if __name__ == "__main__":
