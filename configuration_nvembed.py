@@ -118,7 +118,8 @@ class NVEmbedConfig(PretrainedConfig):
 def _as_config(value: PretrainedConfig | dict | None, config_class: type[PretrainedConfig]) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
-    return config_class(**{key: field for key, field in (value or {}).items() if key != "model_type"})
+    left_out = ("model_type", "_name_or_path")  # the released text config carries a name of the Hub
+    return config_class(**{key: field for key, field in (value or {}).items() if key not in left_out})
 
 
 NVEmbedConfig.register_for_auto_class()

@@ -9,7 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -342,8 +342,8 @@ class FoldedLatentAttention(MeanPooling):
 
     The latents are constants once trained, so the keys K and values V of each head are too, and the head's
     `softmax(x Wq K^T) V Wo` is `softmax(x A^T) B^T` with `A = K Wq^T` and `B = Wo^T V^T`: two linear maps with a
-    softmax over each head's latents between them. The LayerNorms' weights go into the maps behind them. Exact algebra;
-    at the released size 537 M parameters become 33.6 M, the MLP aside. For evaluation only: training moves the latents.
+    softmax over each head's latents between them, and the LayerNorm's weights within the first. Exact algebra; at the
+    released size 537 M parameters become 33.6 M, the MLP aside. For evaluation only: training moves the latents.
     """
 
     def __init__(self, config: LatentAttentionConfig):
@@ -353,40 +353,41 @@ class FoldedLatentAttention(MeanPooling):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.to_scores = nn.Linear(dim, scores)
         self.to_out = nn.Linear(scores, dim, bias=False)
-        self.feed_forward = FeedForward(dim)
+        self.feed = PreNorm(dim, FeedForward(dim))
 
     def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
         if self.training:
             raise RuntimeError("the latent attention is folded, which is for evaluation: train the unfolded checkpoint")
-        scores = self.to_scores(self.norm(states)).unflatten(-1, (self.heads, -1))
-        x = states + self.to_out(scores.softmax(-1).flatten(-2))
-        return x + self.feed_forward(self.norm(x))
+        # Scores in fp32, as the fused attention of the unfolded form has them: rounded to bf16, large ones lose most.
+        scores = F.linear(self.norm(states.float()), self.to_scores.weight.float(), self.to_scores.bias.float())
+        weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+        x = states + self.to_out(weights.to(states.dtype))
+        return x + self.feed.fn(self.feed.norm(x))
 
     @classmethod
     @torch.no_grad()
     def fold(cls, block: LatentAttention, config: LatentAttentionConfig) -> "FoldedLatentAttention":
-        """Folds `block`; computed in fp64, head by head, whatever the dtype of the weights, and rounded once."""
+        """Folds `block`; computed in fp64, whatever the dtype of the weights, and rounded once."""
         attend, feed = block.cross_attend_blocks
-        heads, width, latents = config.num_cross_heads, config.cross_dim_head, config.num_latents_value
+        width = config.cross_dim_head
+        norm, norm_context = (deepcopy(norm).double() for norm in (attend.norm, attend.norm_context))
+        context = norm_context(block.latents.double())
+        to_scores, bias, to_out = [], [], []
+        for head in range(
+            config.num_cross_heads
+        ):  # one at a time: in fp64 all of a released checkpoint's would take 4 GB
+            part = slice(head * width, (head + 1) * width)
+            to_k, to_v = (weight[part].double() for weight in attend.fn.to_kv.weight.chunk(2))
+            scores = width**-0.5 * (context @ to_k.T) @ attend.fn.to_q.weight[part].double()  # A, [latents, hidden]
+            scores -= scores.mean(0)  # what all latents share no softmax sees, and smaller weights round less
+            to_scores.append(scores * norm.weight)
+            bias.append(scores @ norm.bias)
+            to_out.append(attend.fn.to_out.weight[:, part].double() @ (context @ to_v.T).T)  # B, [hidden, latents]
         folded = cls(config).to(block.latents.device, block.latents.dtype).eval()
-        context = F.layer_norm(block.latents.double(), (config.latent_dim,)) * attend.norm_context.weight.double()
-        context += attend.norm_context.bias.double()
-        for head in range(heads):
-            inner, outer = slice(head * width, (head + 1) * width), slice(head * latents, (head + 1) * latents)
-            keys, values = (
-                context @ weight[inner].double().T for weight in attend.fn.to_kv.weight.chunk(2)
-            )  # [latents, width]
-            scores = width**-0.5 * keys @ attend.fn.to_q.weight[inner].double()  # [latents, hidden]
-            folded.to_scores.weight[outer] = (scores * attend.norm.weight.double()).to(folded.to_scores.weight.dtype)
-            folded.to_scores.bias[outer] = (scores @ attend.norm.bias.double()).to(folded.to_scores.bias.dtype)
-            out = attend.fn.to_out.weight[:, inner].double() @ values.T  # [hidden, latents]
-            folded.to_out.weight[:, outer] = out.to(folded.to_out.weight.dtype)
-        first, last = feed.fn.net[0], feed.fn.net[2]
-        weight = first.weight.double()
-        bias = first.bias.double() + weight @ feed.norm.bias.double()
-        folded.feed_forward.net[0].weight.copy_(weight * feed.norm.weight.double())
-        folded.feed_forward.net[0].bias.copy_(bias)
-        folded.feed_forward.net[2].load_state_dict(last.state_dict())
+        folded.to_scores.weight.copy_(torch.cat(to_scores))
+        folded.to_scores.bias.copy_(torch.cat(bias))
+        folded.to_out.weight.copy_(torch.cat(to_out, dim=1))
+        folded.feed.load_state_dict(feed.state_dict())
         return folded
 
 

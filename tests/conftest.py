@@ -1,6 +1,8 @@
 """Tiny fixtures, made on the spot: a decoder of 3 layers, a tokenizer of 400 pieces, a checkpoint from both."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,29 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")
     return folder
+
+
+@pytest.fixture
+def encode_without_nvembed(tmp_path):
+    """Encodes by `AutoModel.from_pretrained(folder, trust_remote_code=True)` in a process that cannot import nvembed.
+
+    Returns the embeddings and the folder to which that process saved the model.
+    """
+
+    def run(checkpoint: Path, texts: list[str], instruction: str, max_length: int) -> tuple[torch.Tensor, Path]:
+        script = f"""
+import sys, torch
+sys.modules["nvembed"] = None  # any import of it fails
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules")
+torch.save(model.encode({texts!r}, {instruction!r}, {max_length}), "out.pt")
+model.save_pretrained("again")
+"""
+        folder = tmp_path / f"process-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        environment = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
+        return torch.load(folder / "out.pt"), folder / "again"
+
+    return run

@@ -1,0 +1,178 @@
+"""Checkpoints under sentence-transformers, mteb, LangChain and LlamaIndex: each gives what `encode` gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from nvembed import NVEmbedModel
+from nvembed.train.checkpoints import convert_released, paper_prompts
+
+
+sentence_transformers = pytest.importorskip("sentence_transformers")
+SentenceTransformer = sentence_transformers.SentenceTransformer
+NQ = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
+
+
+@pytest.fixture(scope="module")
+def st_checkpoint(checkpoint, tmp_path_factory):
+    """The tiny checkpoint with trained latents."""
+    folder = tmp_path_factory.mktemp("st") / "checkpoint"
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    torch.manual_seed(1)
+    for parameter in model.latent_attention_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def st_model(st_checkpoint):
+    return SentenceTransformer(str(st_checkpoint), trust_remote_code=True, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(st_checkpoint):
+    return NVEmbedModel.from_pretrained(st_checkpoint)
+
+
+def assert_same(actual, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(np.array(actual)), torch.as_tensor(expected), atol=tolerance, rtol=0)
+
+
+# --- sentence-transformers
+
+
+def test_golden_cases(golden_dir, tmp_path):
+    """A released checkpoint, converted: no `</s>` added by hand, no patch."""
+    convert_released(str(golden_dir / "checkpoint"), str(tmp_path / "converted"))
+    model = SentenceTransformer(str(tmp_path / "converted"), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == 32768
+    assert model[0].__class__.__module__.startswith("transformers_modules")
+    expected = load_file(golden_dir / "expected.safetensors")
+    for case in json.loads((golden_dir / "cases.json").read_text()):
+        if case["max_length"] != 32768:  # the cases that are cut
+            model.max_seq_length = case["max_length"]
+        assert_same(model.encode(case["texts"], prompt=case["instruction"]), expected[case["name"]], 1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", NQ, "Represent this sentence:", "Two spaces:  "])
+def test_prompt_is_the_instruction(st_model, reference, sentences, prompt):
+    assert_same(st_model.encode(sentences, prompt=prompt), reference.encode(sentences, prompt))
+
+
+def test_prompts_of_the_paper(st_model, reference, sentences):
+    assert_same(st_model.encode(sentences, prompt_name="NQ"), reference.encode(sentences, NQ))
+    assert len(paper_prompts()) > 47
+    assert paper_prompts().items() <= st_model.prompts.items()
+
+
+def test_length_and_one_text(st_model, reference, sentences):
+    st_model.max_seq_length = 8
+    long = " ".join(sentences)
+    assert_same(st_model.encode(long), reference.encode([long], max_length=8)[0])
+    assert st_model.encode(long, output_value="token_embeddings").shape == (8, 32)
+
+
+def test_folded(st_checkpoint, reference, sentences):
+    options = {"fold_latent_attention": True}
+    folded = SentenceTransformer(str(st_checkpoint), trust_remote_code=True, device="cpu", model_kwargs=options)
+    assert type(folded[0].auto_model.latent_attention_model).__name__ == "FoldedLatentAttention"
+    assert_same(folded.encode(sentences, prompt=NQ), reference.encode(sentences, NQ))
+
+
+def test_saved_again(st_model, reference, sentences, tmp_path):
+    st_model.max_seq_length = 64
+    st_model.prompts["mine"] = "Instruct: mine\nQuery: "
+    st_model.save_pretrained(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert again.max_seq_length == 64
+    assert_same(again.encode(sentences, prompt_name="mine"), reference.encode(sentences, "Instruct: mine\nQuery: "))
+    assert_same(NVEmbedModel.from_pretrained(tmp_path / "again").encode(sentences), reference.encode(sentences))
+
+
+def test_tokenize_with_a_prompt_length_as_before_5_4(st_model, reference, sentences):
+    """Older versions put the prompt in front themselves, and count its tokens by tokenizing it alone, with `<s>`."""
+    module = st_model[0]
+    features = module.tokenize([NQ + text for text in sentences])
+    features["prompt_length"] = module.tokenize([NQ])["input_ids"].shape[-1] - 1  # without `</s>`
+    with torch.no_grad():
+        assert_same(module(features)["sentence_embedding"], reference.encode(sentences, NQ))
+
+
+def test_bad_text_is_named(st_model):
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds a NUL"):
+        st_model.encode("a\0b")
+
+
+def test_trainer_moves_every_parameter(st_model, sentences, tmp_path):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    st = sentence_transformers
+    before = {name: parameter.clone() for name, parameter in st_model.named_parameters()}
+    data = Dataset.from_dict({"anchor": sentences, "positive": sentences[1:] + sentences[:1]})
+    args = st.SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[],
+        use_cpu=True, save_strategy="no", prompts={"anchor": NQ},
+    )  # fmt: skip
+    loss = MultipleNegativesRankingLoss(st_model)
+    st.SentenceTransformerTrainer(model=st_model, args=args, train_dataset=data, loss=loss).train()
+    assert [name for name, parameter in st_model.named_parameters() if torch.equal(parameter, before[name])] == []
+    st_model.save_pretrained(str(tmp_path / "trained"))
+    assert_same(NVEmbedModel.from_pretrained(tmp_path / "trained").encode(sentences), st_model.encode(sentences))
+
+
+# --- What stands on sentence-transformers
+
+
+def test_mteb_gives_the_instruction_to_queries_alone(st_model, reference, sentences, monkeypatch):
+    """nDCG@10 of mteb's own NQ task on our texts, against a direct computation from `encode`."""
+    mteb = pytest.importorskip("mteb")
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.models import SentenceTransformerEncoderWrapper
+
+    questions = [text[-18:] for text in sentences]
+    split = RetrievalSplitData(
+        corpus=Dataset.from_list([{"id": f"d{i}", "title": "", "text": text} for i, text in enumerate(sentences)]),
+        queries=Dataset.from_list([{"id": f"q{i}", "text": text} for i, text in enumerate(questions)]),
+        relevant_docs={f"q{i}": {f"d{i}": 1} for i in range(len(sentences))},
+        top_ranked=None,
+    )
+    task = mteb.get_task("NQ")
+    task.dataset, task.data_loaded = {"default": {"test": split}}, True
+    with pytest.warns(UserWarning, match="SUMM is not valid"):  # the released name, beside mteb's "Summarization"
+        model = SentenceTransformerEncoderWrapper(st_model)
+    result = mteb.evaluate(model, task, cache=None, show_progress_bar=False)
+
+    scores = reference.encode(questions, NQ) @ reference.encode(sentences).T
+    ranks = (scores > scores.diagonal()[:, None]).sum(1)
+    expected = (1 / torch.log2(2.0 + ranks)).mean().item()
+    assert 0.3 < expected < 0.99, "the instruction decides nothing in this test"
+    assert result[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_langchain(st_checkpoint, reference, sentences):
+    langchain = pytest.importorskip("langchain_huggingface")
+    embeddings = langchain.HuggingFaceEmbeddings(
+        model_name=str(st_checkpoint),
+        model_kwargs={"trust_remote_code": True, "device": "cpu"},
+        query_encode_kwargs={"prompt_name": "NQ"},
+    )
+    assert_same(np.float32(embeddings.embed_documents(sentences)), reference.encode(sentences))
+    assert_same(np.float32(embeddings.embed_query(sentences[0])), reference.encode(sentences[:1], NQ)[0])
+
+
+def test_llama_index(st_checkpoint, reference, sentences):
+    llama_index = pytest.importorskip("llama_index.embeddings.huggingface")
+    embeddings = llama_index.HuggingFaceEmbedding(
+        model_name=str(st_checkpoint),
+        trust_remote_code=True,
+        device="cpu",
+        query_instruction=NQ,
+        text_instruction="",
+    )
+    assert_same(np.float32(embeddings.get_text_embedding_batch(sentences)), reference.encode(sentences))
+    assert_same(np.float32(embeddings.get_query_embedding(sentences[0])), reference.encode(sentences[:1], NQ)[0])

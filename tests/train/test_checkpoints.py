@@ -1,0 +1,120 @@
+"""Conversion of released checkpoints; the tiny checkpoint, stripped of what we add, stands for one."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nvembed import NVEmbedModel
+from nvembed.train.checkpoints import convert_released, paper_prompts
+from nvembed.train.init_checkpoint import InitArguments, main
+
+
+@pytest.fixture
+def released(model, tmp_path):
+    """In shards, with our additions taken out of the config, and with a `_name_or_path` that leads nowhere."""
+    folder = tmp_path / "released"
+    model.save_pretrained(folder, max_shard_size="50KB")
+    for name in ("modules.json", "config_sentence_transformers.json", "modeling_nvembed.py"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("pooling_type", "latent_attention_is_folded", "prompts", "max_seq_length"):
+        del config[field]
+    config["_name_or_path"] = config["text_config"]["_name_or_path"] = "nvidia/NV-Embed-v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_conversion_links_the_weights(released, model, sentences, tmp_path):
+    convert_released(str(released), str(tmp_path / "new" / "converted"))
+    converted = tmp_path / "new" / "converted"
+    shards = sorted(released.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(os.path.samefile(shard, converted / shard.name) for shard in shards)
+    assert {path.name for path in converted.iterdir()} == {path.name for path in shards} | {
+        "model.safetensors.index.json", "config.json", "modeling_nvembed.py", "configuration_nvembed.py",
+        "tokenizer.json", "tokenizer_config.json", "modules.json", "config_sentence_transformers.json",
+    }  # fmt: skip
+    assert torch.equal(NVEmbedModel.from_pretrained(converted).encode(sentences), model.encode(sentences))
+    settings = json.loads((converted / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == paper_prompts()
+    assert settings["prompts"]["NQ"].endswith("retrieve passages that answer the question\nQuery: ")
+    assert settings["prompts"]["NQ-document"] == ""
+    assert "QuoraRetrieval-document" not in settings["prompts"], "both sides carry it there"
+    assert "nvidia/NV-Embed-v2" not in (converted / "config.json").read_text()
+
+
+def test_conversion_copies_where_it_cannot_link(released, model, sentences, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    convert_released(str(released), str(tmp_path / "converted"))
+    assert torch.equal(NVEmbedModel.from_pretrained(tmp_path / "converted").encode(sentences), model.encode(sentences))
+
+
+def spoil(released, name, change):
+    tensors = load_file(released / name)
+    change(tensors)
+    save_file(tensors, released / name)
+
+
+NORM = "embedding_model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"lacks tensors: 1, the first is {NORM}"),
+        (lambda tensors: tensors.update(stray=torch.ones(1)), "has unknown tensors: 1, the first is stray"),
+        (lambda tensors: tensors.update({NORM: torch.ones(5)}), rf"{NORM} is \[5\] in the file and \[32\] by config"),
+    ],
+)
+def test_wrong_tensors_are_named_and_nothing_is_left(released, tmp_path, change, words):
+    shard = json.loads((released / "model.safetensors.index.json").read_text())["weight_map"][NORM]
+    spoil(released, shard, change)
+    with pytest.raises(ValueError, match=words):
+        convert_released(str(released), str(tmp_path / "deep" / "converted"))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_damaged_files_are_named_and_nothing_is_left(released, tmp_path):
+    shard = sorted(released.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=f"{shard.name} is cut off or damaged"):
+        convert_released(str(released), str(tmp_path / "converted"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is absent; download it"):
+        convert_released(str(released), str(tmp_path / "converted"))
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_full_disk_leaves_nothing(released, tmp_path, monkeypatch):
+    def fail(source, target):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("nvembed.train.checkpoints.link_or_copy", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert_released(str(released), str(tmp_path / "converted"))
+    assert not (tmp_path / "converted").exists()
+
+
+def test_other_sources_are_refused(decoder_dir, released, tmp_path):
+    with pytest.raises(ValueError, match="is a 'llama' model, not a released NV-Embed; --base makes one"):
+        convert_released(str(decoder_dir), str(tmp_path / "converted"))
+    with pytest.raises(ValueError, match="no/such is neither a local folder nor a Hub model that can be reached"):
+        convert_released("no/such", str(tmp_path / "converted"))
+    with pytest.raises(FileExistsError, match="already holds a checkpoint"):
+        convert_released(str(released), str(released))
+    for names in ({}, {"base": "a", "from_released": "b"}):
+        with pytest.raises(ValueError, match="name one of --base, a decoder, and --from_released"):
+            main(InitArguments(output_dir=str(tmp_path / "converted"), **names))
+
+
+def test_script_converts(released, model, sentences, tmp_path):
+    main(InitArguments(output_dir=str(tmp_path / "converted"), from_released=str(released)))
+    assert torch.equal(NVEmbedModel.from_pretrained(tmp_path / "converted").encode(sentences), model.encode(sentences))
