@@ -1,13 +1,16 @@
 # Every target makes .venv with the pinned packages first, so each works right after a clone.
 PYTHON ?= python3
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-versions lint
 
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart.py
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+test-versions: .venv/installed
+	.venv/bin/python tests/versions.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -49,6 +49,11 @@ class BidirectionalMistralConfig(MistralConfig):
 
     model_type = "bidir_mistral"
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if getattr(self, "head_dim", None) is None:  # as transformers 4.57 leaves it
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
 
 class NVEmbedConfig(PretrainedConfig):
     """Configuration of an `NVEmbedModel`.

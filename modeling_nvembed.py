@@ -83,8 +83,7 @@ class PackedTexts:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
         """Attention within each text; all `[tokens, heads, head_dim]`."""
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if varlen_attn is not None and q.is_cuda and half and not is_causal and not dropout:
+        if has_varlen_kernel(q) and not is_causal and not dropout:
             ends, longest = self._ends(q.device), max(self.lengths)
             return varlen_attn(q, k, v, ends, ends, longest, longest)
         out, start = [], 0
@@ -107,6 +106,11 @@ class PackedTexts:
     def rows(self, x: Tensor) -> Tensor:
         """`[tokens, ...]` as zero-padded rows `[texts, longest, ...]`."""
         return nn.utils.rnn.pad_sequence(x.split(self.lengths), batch_first=True)
+
+
+def has_varlen_kernel(q: Tensor) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return varlen_attn is not None and q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
@@ -721,9 +725,9 @@ class NVEmbedModel(PreTrainedModel):
         try:
             with tqdm(total=len(prompts), desc="Encoding", unit="text", disable=not show_progress_bar) as progress:
                 for window in self._tokenize_ahead(prompts, instruction, max_length):
-                    states, budget = self._embed(window, budget, batch_size, done, progress)
-                    states = states[:, :truncate_dim]
-                    embeddings[done : done + len(window)] = F.normalize(states, dim=-1) if normalize else states
+                    vectors, budget = self._embed(window, budget, batch_size, done, progress)
+                    vectors = vectors[:, :truncate_dim]
+                    embeddings[done : done + len(window)] = F.normalize(vectors, dim=-1) if normalize else vectors
                     done += len(window)
         finally:
             self.train(was_training)

@@ -6,13 +6,19 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from nvembed import NVEmbedConfig, NVEmbedModel
 from nvembed.modeling_nvembed import format_instruction
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,12 @@ def test_checkpoint_loads_where_nvembed_is_not_installed(model, sentences, encod
     torch.testing.assert_close(
         NVEmbedModel.from_pretrained(again).encode(sentences, INSTRUCTION), expected, atol=1e-6, rtol=0
     )
+
+
+def test_auto_model_takes_our_options(saved, model, sentences):
+    folded = AutoModel.from_pretrained(saved, fold_latent_attention=True, dtype=torch.float32)
+    assert folded.config.latent_attention_is_folded
+    torch.testing.assert_close(folded.encode(sentences), model.encode(sentences), atol=1e-6, rtol=0)
 
 
 def test_loading_through_the_meta_device_loses_no_buffer(model, sentences, tmp_path):
@@ -130,12 +142,6 @@ def test_loading_info_and_mismatched_sizes_work_as_everywhere(damaged):
 
 
 # --- Precision, devices, compilation
-
-
-@pytest.fixture
-def saved(model, tmp_path):
-    model.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.999), (torch.float16, 0.99999)])

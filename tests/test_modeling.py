@@ -47,6 +47,17 @@ def test_padding_changes_nothing(model, mask_type):
     torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
 
 
+def test_sliding_window_has_no_effect(model, sentences):
+    """As released: the config says 4,096, the code attends over the whole text."""
+    expected = model.encode([" ".join(sentences)])
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.text_config.sliding_window = 4
+    narrow = type(model)(config)
+    narrow.load_state_dict(model.state_dict())
+    narrow.tokenizer = model.tokenizer
+    assert torch.equal(narrow.encode([" ".join(sentences)]), expected)
+
+
 def test_llama3_rope_equals_transformers(model, decoder_dir):
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -15,7 +15,16 @@ from nvembed.train.losses import info_nce
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
-    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32."""
+    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
+
+    Raises:
+        ValueError: the latent attention is folded.
+    """
+    if model.config.latent_attention_is_folded:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has a folded latent attention, which is for evaluation alone; train the "
+            "unfolded checkpoint that it was made from"
+        )
     config = get_peft_config(model_args)
     if config is None:
         return model.float()  # as below: full fine-tuning in bf16 would lose small updates

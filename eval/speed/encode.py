@@ -2,7 +2,7 @@
 
     python eval/speed/encode.py                                            # SmolLM2's shape, 10 layers, fp32, this CPU
     python eval/speed/encode.py --layers 30
-    python eval/speed/encode.py --shape mistral-7b --device cuda --dtype bfloat16
+    python eval/speed/encode.py --shape mistral-7b --device cuda --dtype bfloat16 --passage_words 420
 
 Four ways to embed the same texts with the same weights: `released` (the whole list padded to its longest text, latents
 copied and projected for every row, as the released code does), `unfolded`, `folded`, and `mean`, the decoder with plain
@@ -84,15 +84,15 @@ def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> NV
     return model
 
 
-def real_texts() -> tuple[list[str], list[str]]:
-    """Sentences of 5 to 15 words, and runs of whole paragraphs of 120 words or more, of Python's language reference."""
+def real_texts(passage_words: int = 120) -> tuple[list[str], list[str]]:
+    """Sentences of 5 to 15 words and runs of whole paragraphs of so many words or more, from Python's own reference."""
     paragraphs = [" ".join(p.split()) for topic in pydoc_data.topics.topics.values() for p in topic.split("\n\n")]
     prose = [p for p in paragraphs if p.count(" ") > 4]
     sentences = [s for p in prose for s in re.split(r"(?<=[.?!]) ", p) if 5 <= len(s.split()) <= 15]
     passages, words = [], []
     for paragraph in prose:
         words += paragraph.split()
-        if len(words) >= 120:
+        if len(words) >= passage_words:
             passages.append(" ".join(words))
             words = []
     return list(dict.fromkeys(sentences)), passages
@@ -227,6 +227,8 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
     print(f"{name}: {len(texts)} texts, {quartiles} tokens (quartiles); matmul peak {peak / 1e9:,.0f} GFLOP/s")
     ratio = best["folded"] / best["mean"] / (flops["folded"] / flops["mean"])
     print(f"{name}: folded over mean, time by FLOPs: {ratio:.3f}")
+    sizes = (sum(p.numel() * p.element_size() for p in block.parameters()) / 1e9 for block in (pooling, folded))
+    print("{}: weights of the latent attention: unfolded {:.3f} GB, folded {:.3f} GB".format(name, *sizes))
     table = []
     for way in WAYS:
         speedups = [r / w for r, w in zip(seconds["released"], seconds[way])]
@@ -253,8 +255,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default: 10 of smollm2's 30, all 32 of mistral-7b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--queries", type=int, default=512, help="number of short texts")
-    parser.add_argument("--passages", type=int, default=128, help="number of long texts")
+    parser.add_argument("--queries", type=int, default=256, help="number of short texts")
+    parser.add_argument("--passages", type=int, default=64, help="number of long texts")
+    parser.add_argument("--passage_words", type=int, default=120, help="words of a long text, at least")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--batch_tokens", type=int, help="of encode; default as encode's")
     parser.add_argument("--released_list", type=int, default=1024, help="texts of a call, for the released way")
@@ -262,7 +265,7 @@ def main() -> None:
     args = parser.parse_args()
 
     layers = args.layers or {"smollm2": 10, "mistral-7b": 32}[args.shape]
-    sentences, passages = real_texts()
+    sentences, passages = real_texts(args.passage_words)
     model = random_model(args.shape, layers, args.device, getattr(torch, args.dtype))
     model.tokenizer = train_tokenizer(sentences + passages)
     assert isinstance(model.latent_attention_model, LatentAttention)

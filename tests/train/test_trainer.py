@@ -123,6 +123,12 @@ def test_settings_that_cannot_work_are_errors_before_training(tmp_path, checkpoi
         make_trainer(checkpoint, pairs_file, tmp_path / "out", dtype=torch.bfloat16)
 
 
+def test_a_folded_checkpoint_is_not_trained(tmp_path, model, pairs_file):
+    model.fold_latent_attention().save_pretrained(tmp_path / "folded")
+    with pytest.raises(ValueError, match="has a folded latent attention, .*train the unfolded checkpoint"):
+        make_trainer(tmp_path / "folded", pairs_file, tmp_path / "out")
+
+
 def test_training_lowers_the_loss(tmp_path, checkpoint, pairs_file):
     trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=12, per_device_train_batch_size=8)
     trainer.train()

@@ -1,0 +1,70 @@
+"""Runs the golden and remote-code tests in a throwaway environment for each supported version; `make test-versions`.
+
+The checkpoint that every environment loads beside the golden one was converted by the Python that runs this script.
+An environment takes 1 to 8 GB while it lives: on Linux, PyPI's torch may come with CUDA.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from transformers.utils.logging import tqdm
+
+from nvembed.train.checkpoints import convert_released
+
+
+ROOT = Path(__file__).parents[1]
+# transformers, torch, sentence-transformers: from the oldest supported to the newest tried.
+VERSIONS = [
+    ("4.51.3", "2.6.0", "5.1.2"),
+    ("4.57.6", "2.13.0", "5.7.0"),
+    ("5.0.0", "2.13.0", "5.7.0"),
+    ("5.17.0", "2.13.0", "6.2.0"),
+    ("5.23.0", "2.13.0", "6.2.0"),
+]
+
+
+def run_tests(transformers: str, torch: str, sentence_transformers: str, checkpoint: Path) -> str:
+    """The last line of pytest, or of the installation that failed."""
+    with tempfile.TemporaryDirectory(prefix="nvembed-versions-") as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        packages = [f"transformers=={transformers}", f"torch=={torch}"]
+        packages += [f"sentence-transformers=={sentence_transformers}", "datasets", "pytest"]
+        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+        if done.returncode != 0:
+            return f"not installed: {done.stderr.strip().splitlines()[-1]}"
+        next(Path(folder).glob("lib/python*/site-packages")).joinpath("nvembed").symlink_to(ROOT)
+        tests = ["tests/test_golden.py", "tests/test_sentence_transformers.py", "-k", "golden"]
+        done = subprocess.run(
+            [python, "-m", "pytest", "-p", "no:cacheprovider", *tests],
+            cwd=ROOT,
+            env=os.environ | {"NVEMBED_SAVED_ELSEWHERE": str(checkpoint)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            print(done.stdout, done.stderr, file=sys.stderr)
+        return re.sub(r", \d+ deselected| in .*", "", done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    golden = ROOT.parent / "shared" / "golden" / "checkpoint"
+    if not golden.is_dir():
+        sys.exit(f"{golden} is absent; these tests compare with it")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        convert_released(str(golden), str(Path(folder, "converted")))
+        for versions in tqdm(VERSIONS, unit="environment"):
+            rows.append((*versions, run_tests(*versions, Path(folder, "converted"))))
+    print("| transformers | torch | sentence-transformers | tests |\n|---|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    sys.exit(any("passed" not in row[-1] or "failed" in row[-1] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
