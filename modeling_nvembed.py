@@ -842,10 +842,16 @@ class NVEmbedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Writes a folder that loads anywhere: safetensors, config, the two code files, tokenizer, and what
         sentence-transformers wants to know."""
-        if kwargs.get("is_main_process", True):  # first: `push_to_hub=True` uploads what is there
+        if kwargs.get("is_main_process", True):
             save_tokenizer(self.tokenizer, save_directory)
             save_sentence_transformers_files(self.config, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir) -> dict[str, float]:
+        """Of the files that `push_to_hub=True` takes for unchanged; those written just above are not."""
+        stamps = super()._get_files_timestamps(working_dir)
+        ours = ("tokenizer", "special_tokens_map.json", "modules.json", "config_sentence_transformers.json")
+        return {name: stamp for name, stamp in stamps.items() if not name.startswith(ours)}
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_saved_checkpoint_is_complete(checkpoint):
         "AutoModel": "modeling_nvembed.NVEmbedModel",
     }
     assert AutoConfig.from_pretrained(checkpoint).pooling_type == "latent_attention"
+
+
+def test_push_to_hub_takes_the_tokenizer_along(model, tmp_path, monkeypatch):
+    """transformers uploads what changed during its own part of `save_pretrained`, and ours comes before it."""
+    uploaded, api = [], "huggingface_hub.HfApi"
+    monkeypatch.setattr(f"{api}.create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(f"{api}.create_commit", lambda self, **options: uploaded.extend(options["operations"]))
+    (tmp_path / "private.txt").write_text("not to be uploaded")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="user/name")
+    names = {operation.path_in_repo for operation in uploaded}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "modules.json", "config_sentence_transformers.json"}
+    assert names >= {"model.safetensors", "config.json", "modeling_nvembed.py", "configuration_nvembed.py"}
+    assert "private.txt" not in names
 
 
 def test_checkpoint_loads_where_nvembed_is_not_installed(model, sentences, encode_without_nvembed, tmp_path):
