@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -62,8 +63,16 @@ class PaddedTexts:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).transpose(1, 2)
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the tokens of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
+        return x.sum(1)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last token of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
+        if self.mask is None:
+            return x[:, -1]
+        ends = self.mask[:, 0, 0].sum(-1).to(x.device)
+        return x[torch.arange(len(x), device=x.device), ends - 1]
 
 
 class PackedTexts:
@@ -103,14 +112,18 @@ class PackedTexts:
             self._cumulative = ends.to(device, non_blocking=True)
         return self._cumulative
 
-    def rows(self, x: Tensor) -> Tensor:
-        """`[tokens, ...]` as zero-padded rows `[texts, longest, ...]`."""
-        return nn.utils.rnn.pad_sequence(x.split(self.lengths), batch_first=True)
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the tokens of each text: `[tokens, ...]` to `[texts, ...]`."""
+        return torch.stack([text.sum(0) for text in x.split(self.lengths)])
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last token of each text: `[tokens, ...]` to `[texts, ...]`."""
+        return x[self._ends(x.device)[1:] - 1]
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return varlen_attn is not None and q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    half, fits = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] <= 256
+    return bool(varlen_attn and q.is_cuda and half and fits) and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
@@ -211,6 +224,7 @@ class BidirectionalMistralModel(nn.Module):
 
     def __init__(self, config: BidirectionalMistralConfig, mask_type: str):
         super().__init__()
+        inverse_frequencies(config, torch.device("cpu"))  # an unknown kind is an error now, not in the first forward
         self.config = config
         self.mask_type = mask_type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -251,23 +265,21 @@ class MeanPooling(nn.Module):
         """States `[batch, tokens, hidden]` or `[tokens, hidden]`, as `texts` says, to states of the same shape."""
         return states
 
-    def pool(self, states: Tensor, pool_mask: Tensor) -> Tensor:
-        """States `[batch, tokens, hidden]` and the mask of those that count to fp32 embeddings `[batch, hidden]`."""
-        embeddings = self.reduce(states, pool_mask)
+    def pool(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        """States and the mask of those that count, laid out as `texts` says, to fp32 embeddings `[texts, hidden]`."""
+        embeddings = self.reduce(states, pool_mask, texts)
         return F.normalize(embeddings, dim=-1) if self.output_normalize else embeddings
 
-    def reduce(self, states: Tensor, pool_mask: Tensor) -> Tensor:
-        weights = pool_mask.unsqueeze(-1).float()
-        return (states * weights).sum(1) / weights.sum(1)
+    def reduce(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        weights = pool_mask.to(states.device).unsqueeze(-1).float()
+        return texts.sum(states * weights) / texts.sum(weights)
 
 
 class EosPooling(MeanPooling):
     """The state of the last token, `</s>` (a text that `max_length` cut may end on another)."""
 
-    def reduce(self, states: Tensor, pool_mask: Tensor) -> Tensor:
-        positions = torch.arange(pool_mask.shape[1], device=pool_mask.device)
-        last = (pool_mask * positions).argmax(1)
-        return states[torch.arange(len(states), device=states.device), last].float()
+    def reduce(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+        return texts.last(states).float()
 
 
 class ResidualOutput(nn.Linear):
@@ -341,6 +353,13 @@ class LatentAttention(MeanPooling):
         return x.view_as(states)
 
 
+class WideLinear(nn.Linear):
+    """Computes in fp32 whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class FoldedLatentAttention(MeanPooling):
     """A trained latent attention with everything multiplied out that does not depend on the text.
 
@@ -355,38 +374,38 @@ class FoldedLatentAttention(MeanPooling):
         dim, scores = config.hidden_dim, config.num_cross_heads * config.num_latents_value
         self.heads = config.num_cross_heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.to_scores = nn.Linear(dim, scores)
+        # In fp32, as the fused attention of the unfolded form has its scores: rounded to bf16, large ones lose most.
+        self.to_scores = WideLinear(dim, scores)
         self.to_out = nn.Linear(scores, dim, bias=False)
         self.feed = PreNorm(dim, FeedForward(dim))
 
     def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
         if self.training:
             raise RuntimeError("the latent attention is folded, which is for evaluation: train the unfolded checkpoint")
-        # Scores in fp32, as the fused attention of the unfolded form has them: rounded to bf16, large ones lose most.
-        scores = F.linear(self.norm(states.float()), self.to_scores.weight.float(), self.to_scores.bias.float())
-        weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+        scores = self.to_scores(self.norm(states.float())).unflatten(-1, (self.heads, -1))
+        weights = scores.softmax(-1).flatten(-2)
         x = states + self.to_out(weights.to(states.dtype))
         return x + self.feed.fn(self.feed.norm(x))
 
     @classmethod
     @torch.no_grad()
     def fold(cls, block: LatentAttention, config: LatentAttentionConfig) -> "FoldedLatentAttention":
-        """Folds `block`; computed in fp64, whatever the dtype of the weights, and rounded once."""
+        """Folds `block`; computed in fp64 (on Apple's GPUs, which lack it, fp32) and rounded once."""
         attend, feed = block.cross_attend_blocks
         width = config.cross_dim_head
-        norm, norm_context = (deepcopy(norm).double() for norm in (attend.norm, attend.norm_context))
-        context = norm_context(block.latents.double())
+        wide = torch.float32 if block.latents.device.type == "mps" else torch.float64
+        norm, norm_context = (deepcopy(norm).to(wide) for norm in (attend.norm, attend.norm_context))
+        context = norm_context(block.latents.to(wide))
         to_scores, bias, to_out = [], [], []
-        for head in range(
-            config.num_cross_heads
-        ):  # one at a time: in fp64 all of a released checkpoint's would take 4 GB
+        # Head by head: all heads of a released checkpoint at once would take 4 GB in fp64.
+        for head in range(config.num_cross_heads):
             part = slice(head * width, (head + 1) * width)
-            to_k, to_v = (weight[part].double() for weight in attend.fn.to_kv.weight.chunk(2))
-            scores = width**-0.5 * (context @ to_k.T) @ attend.fn.to_q.weight[part].double()  # A, [latents, hidden]
+            to_k, to_v = (weight[part].to(wide) for weight in attend.fn.to_kv.weight.chunk(2))
+            scores = width**-0.5 * (context @ to_k.T) @ attend.fn.to_q.weight[part].to(wide)  # A, [latents, hidden]
             scores -= scores.mean(0)  # what all latents share no softmax sees, and smaller weights round less
             to_scores.append(scores * norm.weight)
             bias.append(scores @ norm.bias)
-            to_out.append(attend.fn.to_out.weight[:, part].double() @ (context @ to_v.T).T)  # B, [hidden, latents]
+            to_out.append(attend.fn.to_out.weight[:, part].to(wide) @ (context @ to_v.T).T)  # B, [hidden, latents]
         folded = cls(config).to(block.latents.device, block.latents.dtype).eval()
         folded.to_scores.weight.copy_(torch.cat(to_scores))
         folded.to_scores.bias.copy_(torch.cat(bias))
@@ -449,8 +468,7 @@ def tokenize(
     Raises:
         ValueError: `max_length` is no positive integer, or an instruction fills it and leaves no text to pool.
     """
-    if not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens, 1 or more")
+    check_number("max_length", max_length)
     end = tokenizer.eos_token if config.add_eos else ""
     full = [instruction + text + end for instruction, text in zip(instructions, texts, strict=True)]
     rows = tokenizer(full, max_length=max_length, truncation=True)["input_ids"]
@@ -460,7 +478,7 @@ def tokenize(
     for row, prefix, text, whole in zip(rows, instructions, texts, full):
         left = len(row) - lengths.get(prefix, 0)
         # Of a cut row a few tokens may be left and still none of the text: the prefix's last space, `</s>`.
-        is_cut = prefix and text and len(row) == max_length and left <= 3
+        is_cut = lengths.get(prefix) and text and len(row) == max_length and left <= 3
         if left < 1 or (is_cut and not _holds_text(tokenizer, whole, len(prefix), max_length)):
             raise ValueError(
                 f"the instruction {prefix!r} is {lengths[prefix]} tokens long and max_length is {max_length}: "
@@ -514,7 +532,15 @@ def length_sorted_batches(lengths: list[int], batch_tokens: int, batch_size: int
         yield batch
 
 
-def check_texts(texts: Iterable[str], name: str = "prompts") -> list[str]:
+def check_number(name: str, value: int, largest: int | None = None) -> None:
+    """Raises a `ValueError` that names the argument unless it is an integer from 1 to `largest`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1 or (largest and value > largest):
+        raise ValueError(
+            f"{name} is {value!r}; it must be a whole number, {f'1 to {largest}' if largest else '1 or more'}"
+        )
+
+
+def check_texts(texts: Iterable[str]) -> list[str]:
     """The texts as a list, each one such that a tokenizer can read it.
 
     Raises:
@@ -523,32 +549,37 @@ def check_texts(texts: Iterable[str], name: str = "prompts") -> list[str]:
         RuntimeError: the iterable raised; the error names how far it came.
     """
     if isinstance(texts, str):
-        raise TypeError(f"{name} is the string {texts[:40]!r}; encode takes a list: encode([text])")
+        raise TypeError(f"prompts is the string {texts[:40]!r}; encode takes a list: encode([text])")
     if not isinstance(texts, Iterable) or isinstance(texts, (bytes, dict)):
-        raise TypeError(f"{name} is of type {type(texts).__name__}; encode takes a list of strings")
+        raise TypeError(f"prompts is of type {type(texts).__name__}; encode takes a list of strings")
     checked: list[str] = []
     try:
         checked.extend(texts)
     except Exception as error:  # `extend` keeps what came before it
-        raise RuntimeError(f"{name}[{len(checked)}] could not be read: the iterable raised {error!r}") from error
+        raise RuntimeError(f"prompts[{len(checked)}] could not be read: the iterable raised {error!r}") from error
     if len(checked) == 0:
-        raise ValueError(f"{name} is an empty list; encode needs at least one text")
+        raise ValueError("prompts is an empty list; encode needs at least one text")
     for position, text in enumerate(checked):
         if not isinstance(text, str):
-            raise TypeError(f"{name}[{position}] is {text!r} of type {type(text).__name__}, not a string")
-        if "\0" in text:
-            raise ValueError(
-                f"{name}[{position}] holds a NUL character at position {text.index(chr(0))}, as broken extractions do; "
-                'take it out: text.replace("\\0", "")'
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name}[{position}] holds half of a surrogate pair, {text[error.start]!r}, at position {error.start}; "
-                'mend it: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
-            ) from None
+            raise TypeError(f"prompts[{position}] is {text!r} of type {type(text).__name__}, not a string")
+        check_characters(text, f"prompts[{position}]")
     return checked
+
+
+def check_characters(text: str, name: str) -> None:
+    """Raises a `ValueError` for what no tokenizer reads, or reads as no text was meant; `name` is the text's in it."""
+    if "\0" in text:
+        raise ValueError(
+            f"{name} holds a NUL character at position {text.index(chr(0))}, as broken extractions do; "
+            'take it out: text.replace("\\0", "")'
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half of a surrogate pair, {text[error.start]!r}, at position {error.start}; "
+            'mend it: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+        ) from None
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -630,7 +661,7 @@ class NVEmbedModel(PreTrainedModel):
         states = self.latent_attention_model(self.embedding_model(input_ids, texts), texts)
         if pool_mask is None:
             return NVEmbedModelOutput(states, states) if return_dict else (states,)
-        embeddings = self.latent_attention_model.pool(texts.rows(states), texts.rows(pool_mask))
+        embeddings = self.latent_attention_model.pool(states, pool_mask, texts)
         return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
 
     def fold_latent_attention(self) -> "NVEmbedModel":
@@ -639,8 +670,8 @@ class NVEmbedModel(PreTrainedModel):
         The folded model saves and loads as such. There is no way back: keep the unfolded checkpoint for training.
 
         Raises:
-            ValueError: the pooling is not a latent attention, the model is in training mode, or its weights are not
-                in memory.
+            ValueError: the pooling is not a latent attention, or it is in training, quantized, spread over devices
+                or offloaded.
         """
         block = self.latent_attention_model
         if isinstance(block, FoldedLatentAttention):
@@ -650,10 +681,15 @@ class NVEmbedModel(PreTrainedModel):
                 f"the pooling is a {type(block).__name__} (pooling_type {self.config.pooling_type!r}), not a latent "
                 "attention; merge an adapter before folding"
             )
-        if self.training:
+        if self.training or block.training:
             raise ValueError("the model is in training mode, and folded latents cannot be trained; call model.eval()")
-        if block.latents.is_meta:
-            raise ValueError("the latent attention is offloaded; load it onto one device before folding")
+        if block.latents.is_meta or hasattr(block, "_hf_hook"):
+            raise ValueError(
+                "the model is spread over devices or offloaded; fold it on one device, save it, and load that"
+            )
+        for name, parameter in block.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"latent_attention_model.{name} is quantized to {parameter.dtype}; fold before that")
         self.latent_attention_model = FoldedLatentAttention.fold(block, self.config.latent_attention_config)
         self.config.latent_attention_is_folded = True
         return self
@@ -705,22 +741,20 @@ class NVEmbedModel(PreTrainedModel):
             raise ValueError("this model has no tokenizer: load one with `from_pretrained`, or set `model.tokenizer`")
         if not isinstance(instruction, str):
             raise TypeError(f"instruction is {instruction!r}, not a string; leave it out for no instruction")
-        check_texts([instruction], "instruction")
+        check_characters(instruction, "instruction")
         prompts = check_texts(prompts)
-        for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more, or None")
-        hidden = self.config.hidden_size
-        if truncate_dim is not None and not 1 <= truncate_dim <= hidden:
-            raise ValueError(f"truncate_dim is {truncate_dim}; it must be from 1 to {hidden}, the embeddings' width")
+        hidden, numbers = self.config.hidden_size, {"batch_tokens": batch_tokens, "batch_size": batch_size}
+        for name, value in (numbers | {"truncate_dim": truncate_dim}).items():
+            if value is not None:
+                check_number(name, value, hidden if name == "truncate_dim" else None)
         if normalize is None:
             normalize = self.config.latent_attention_config.output_normalize
         convert_to_numpy = convert_to_numpy or return_numpy
 
-        budget = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
-        device = torch.device("cpu") if convert_to_numpy else self.device
-        embeddings = torch.empty(len(prompts), truncate_dim or hidden, device=device)
-        was_training, done = self.training, 0
+        device = self._batch_device()
+        budget = batch_tokens or (2048 if device.type == "cpu" else 16384)
+        embeddings = torch.empty(len(prompts), truncate_dim or hidden, device="cpu" if convert_to_numpy else device)
+        in_training, done = [module for module in self.modules() if module.training], 0
         self.eval()
         try:
             with tqdm(total=len(prompts), desc="Encoding", unit="text", disable=not show_progress_bar) as progress:
@@ -730,7 +764,8 @@ class NVEmbedModel(PreTrainedModel):
                     embeddings[done : done + len(window)] = F.normalize(vectors, dim=-1) if normalize else vectors
                     done += len(window)
         finally:
-            self.train(was_training)
+            for module in in_training:
+                module.training = True
         return embeddings.numpy() if convert_to_numpy else embeddings
 
     def _do_encode(
@@ -752,7 +787,7 @@ class NVEmbedModel(PreTrainedModel):
             return tokenize(self.tokenizer, self.config, window, [instruction] * len(window), max_length)
 
         windows = (prompts[start : start + WINDOW_TEXTS] for start in range(0, len(prompts), WINDOW_TEXTS))
-        if self.device.type == "cpu":  # both would fight for the same cores
+        if self._batch_device().type == "cpu":  # both would fight for the same cores
             yield from map(tokenize_window, windows)
             return
         with ThreadPoolExecutor(max_workers=1) as thread:
@@ -768,7 +803,7 @@ class NVEmbedModel(PreTrainedModel):
     ) -> tuple[Tensor, int]:
         """Unnormalized embeddings `[texts, hidden]`, and the budget that memory allowed; `position`: of the first."""
         lengths = [len(text.input_ids) for text in texts]
-        embeddings = torch.empty(len(texts), self.config.hidden_size, device=self.device)
+        embeddings = torch.empty(len(texts), self.config.hidden_size, device=self._batch_device())
         batches = deque(length_sorted_batches(lengths, batch_tokens, batch_size))
         while batches:
             try:
@@ -789,20 +824,25 @@ class NVEmbedModel(PreTrainedModel):
             halved = length_sorted_batches([lengths[i] for i in remaining], batch_tokens, batch_size)
             batches = deque([remaining[i] for i in batch] for batch in halved)
             logger.warning(f"Out of memory: batch_tokens is {batch_tokens} from here on.")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without CUDA
         return embeddings, batch_tokens
 
     def _embed_batch(self, texts: list[TokenizedText]) -> Tensor:
-        features = pack(texts)
+        features, device = pack(texts), self._batch_device()
         for name in ("input_ids", "pool_mask"):
-            if self.device.type == "cuda":
+            if device.type == "cuda":
                 features[name] = features[name].pin_memory()
-            features[name] = features[name].to(self.device, non_blocking=True)
+            features[name] = features[name].to(device, non_blocking=True)
         lengths = features["lengths"]
-        states = self(features["input_ids"], lengths=lengths).last_hidden_state.to(self.device)
-        rows = PackedTexts(lengths).rows
-        return self.latent_attention_model.reduce(rows(states), rows(features["pool_mask"]))
+        states = self(features["input_ids"], lengths=lengths).last_hidden_state
+        return self.latent_attention_model.reduce(states, features["pool_mask"], PackedTexts(lengths)).to(device)
+
+    def _batch_device(self) -> torch.device:
+        """The parameters' device; where offloading keeps the first of them away, the one that computes."""
+        if self.device.type != "meta":
+            return self.device
+        computing = [device for device in self.hf_device_map.values() if device not in ("cpu", "disk")]
+        return torch.device(computing[0] if computing else "cpu")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, fold_latent_attention: bool = False, **kwargs):
@@ -819,10 +859,13 @@ class NVEmbedModel(PreTrainedModel):
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
         saved, _ = NVEmbedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
         if saved.get("model_type") != NVEmbedConfig.model_type:
+            kind = f"is a {saved['model_type']!r} model" if "model_type" in saved else "has no config.json of a model"
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {saved.get('model_type')!r} model, not an NV-Embed checkpoint; "
+                f"{pretrained_model_name_or_path} {kind}, not an NV-Embed checkpoint; "
                 "train/init_checkpoint.py --base makes one from a decoder"
             )
+        add_pad_token = saved.get("add_pad_token", True)
+        tokenizer = load_tokenizer(pretrained_model_name_or_path, add_pad_token, **hub_options)
         with_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["quantization_config"] = _spare_the_pooling(kwargs.get("quantization_config"))
@@ -834,7 +877,7 @@ class NVEmbedModel(PreTrainedModel):
                 raise
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
         _check_loaded(pretrained_model_name_or_path, info, may_differ)
-        model.tokenizer = load_tokenizer(pretrained_model_name_or_path, model.config, **hub_options)
+        model.tokenizer = tokenizer
         if fold_latent_attention:
             model.fold_latent_attention()
         return (model, info) if with_info else model
@@ -855,14 +898,18 @@ class NVEmbedModel(PreTrainedModel):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _spare_the_pooling(quantization_config):
-    """bitsandbytes quantizes the decoder's linear layers; the latent attention, three of them, stays as it is."""
-    if getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
-        quantization_config = copy(quantization_config)
-        quantization_config.llm_int8_skip_modules = ["latent_attention_model"]
+    """bitsandbytes quantizes the decoder's linear layers; those of the latent attention stay as they are."""
+    spared, field = "latent_attention_model", "llm_int8_skip_modules"
+    if isinstance(quantization_config, dict) and {"load_in_8bit", "load_in_4bit"} & quantization_config.keys():
+        return quantization_config | {field: [*(quantization_config.get(field) or ()), spared]}
+    if hasattr(quantization_config, field):
+        quantization_config = copy(quantization_config)  # the caller's stays as it was
+        setattr(quantization_config, field, [*(getattr(quantization_config, field) or ()), spared])
     return quantization_config
 
 
@@ -888,21 +935,27 @@ def find_damaged_file(folder: str) -> Path | None:
             try:
                 tensors = json.loads(file.read(min(length, path.stat().st_size)))
                 ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
-            except ValueError:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 return path
         if path.stat().st_size != 8 + length + max(ends, default=0):
             return path
     return None
 
 
-def load_tokenizer(name_or_path: str, config: NVEmbedConfig, **hub_options) -> PreTrainedTokenizerFast:
-    """The checkpoint's own `tokenizer.json`, as it is.
+def load_tokenizer(name_or_path: str, add_pad_token: bool, **hub_options) -> PreTrainedTokenizerFast:
+    """The checkpoint's own `tokenizer.json`, as it is, padding on the right.
 
     Not through `AutoTokenizer`: the class that the released checkpoints name, `LlamaTokenizer`, rebuilds its
     normalizer in transformers 5 and tokenizes differently.
+
+    Raises:
+        ValueError: the file is missing or damaged.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, padding_side=config.padding_side, **hub_options)
-    if tokenizer.pad_token is None and config.add_pad_token:
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, padding_side="right", **hub_options)
+    except Exception as error:  # tokenizers raises bare ones
+        raise ValueError(f"the tokenizer.json of {name_or_path} is missing or damaged ({error})") from error
+    if tokenizer.pad_token is None and add_pad_token:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -978,10 +1031,17 @@ class NVEmbedTransformer(nn.Module):
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, **options) -> dict[str, Tensor]:
         """Texts to padded tensors, each `[texts, longest]`; the prompt's tokens are left out of `pool_mask`."""
-        texts, model = check_texts(inputs), self.auto_model
-        prompts = [prompt or ""] * len(texts)
-        max_length = options.get("max_length") or self.max_seq_length
-        return pad(tokenize(model.tokenizer, model.config, texts, prompts, max_length), model.tokenizer.pad_token_id)
+        # No TypeError: sentence-transformers would answer it by trying again with the prompt glued to the texts. No
+        # positions: it has sorted the texts.
+        for text in (prompt or "", *inputs):
+            if not isinstance(text, str):
+                raise ValueError(f"a text is {text!r} of type {type(text).__name__}, not a string")
+            check_characters(text, f"the text or prompt {text[:40]!r}")
+        model, prompts = self.auto_model, [prompt or ""] * len(inputs)
+        rows = tokenize(
+            model.tokenizer, model.config, inputs, prompts, options.get("max_length") or self.max_seq_length
+        )
+        return pad(rows, model.tokenizer.pad_token_id)
 
     def tokenize(self, texts: list[str], **options) -> dict[str, Tensor]:
         """Texts that hold their prompt already; its length comes to `forward` in the features."""
@@ -1008,18 +1068,20 @@ class NVEmbedTransformer(nn.Module):
         local_files_only: bool = False,
         trust_remote_code: bool = False,
         model_kwargs: dict | None = None,
+        config_kwargs: dict | None = None,
         **kwargs,
     ) -> "NVEmbedTransformer":
-        """What `SentenceTransformer(model_name_or_path, model_kwargs=...)` calls; `model_kwargs` go to
-        `NVEmbedModel.from_pretrained`."""
-        hub_options = {"token": token, "cache_dir": cache_folder, "revision": revision}
-        model = NVEmbedModel.from_pretrained(
-            model_name_or_path, local_files_only=local_files_only, **hub_options, **(model_kwargs or {})
-        )
-        return cls(model)
+        """What `SentenceTransformer(model_name_or_path, model_kwargs=...)` calls; `model_kwargs` and `config_kwargs`
+        go to `NVEmbedModel.from_pretrained`."""
+        hub_options = {"token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
+        options = hub_options | {"revision": revision} | (config_kwargs or {}) | (model_kwargs or {})
+        return cls(NVEmbedModel.from_pretrained(model_name_or_path, **options))
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        # sentence-transformers writes its own two files itself, with its user's prompts in them.
+        # sentence-transformers writes its own two files itself, with its user's prompts in the one it wrote just now.
+        settings = Path(output_path, "config_sentence_transformers.json")
+        if settings.is_file():
+            self.auto_model.config.prompts = json.loads(settings.read_text())["prompts"]
         save_tokenizer(self.tokenizer, output_path)
         PreTrainedModel.save_pretrained(self.auto_model, output_path)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvembed import modeling_nvembed
 from nvembed.modeling_nvembed import PackedTexts, format_instruction, length_sorted_batches, pack, pad, tokenize
@@ -75,6 +76,19 @@ def test_latents_are_projected_once_whatever_the_batch(model, sentences):
     assert shapes == [(1, 8, 32)]
 
 
+def test_unmasked_instruction_may_fill_the_text(model):
+    model.config.is_mask_instruction = False
+    assert model.encode(["a"], INSTRUCTION, max_length=5).shape == (1, 32)
+
+
+def test_encode_leaves_a_frozen_part_frozen(model, sentences):
+    model.train()
+    model.latent_attention_model.eval()
+    model.encode(sentences)
+    assert model.embedding_model.training
+    assert not model.latent_attention_model.training
+
+
 def test_encode_leaves_the_mode_as_it_was(model, sentences):
     model.train()
     assert not model.encode(sentences).requires_grad
@@ -90,14 +104,16 @@ def test_encode_leaves_the_mode_as_it_was(model, sentences):
         (["a", 3.5], {}, TypeError, r"prompts\[1\] is 3.5"),
         (5, {}, TypeError, "prompts is of type int; encode takes a list"),
         (["a"], {"instruction": None}, TypeError, "instruction is None, not a string"),
-        (["a"], {"max_length": 0}, ValueError, "max_length is 0; it must be a number of tokens"),
-        (["a"], {"batch_tokens": 0}, ValueError, "batch_tokens is 0; it must be 1 or more"),
-        (["a"], {"batch_size": -1}, ValueError, "batch_size is -1; it must be 1 or more"),
-        (["a"], {"truncate_dim": 33}, ValueError, "truncate_dim is 33; it must be from 1 to 32"),
-        (["a"], {"truncate_dim": 0}, ValueError, "truncate_dim is 0; it must be from 1 to 32"),
+        (["a"], {"max_length": 0}, ValueError, "max_length is 0; it must be a whole number"),
+        (["a"], {"batch_tokens": 0}, ValueError, "batch_tokens is 0; it must be a whole number, 1 or more"),
+        (["a"], {"batch_size": -1}, ValueError, "batch_size is -1; it must be a whole number, 1 or more"),
+        (["a"], {"truncate_dim": 33}, ValueError, "truncate_dim is 33; it must be a whole number, 1 to 32"),
+        (["a"], {"truncate_dim": 5.0}, ValueError, "truncate_dim is 5.0; it must be a whole number"),
+        (["a"], {"batch_tokens": "9"}, ValueError, "batch_tokens is '9'; it must be a whole number"),
+        (["a"], {"truncate_dim": 0}, ValueError, "truncate_dim is 0; it must be a whole number, 1 to 32"),
         (["a", "b\0c"], {}, ValueError, r"prompts\[1\] holds a NUL character at position 1.*take it out"),
         (["a", "bc\ud83d"], {}, ValueError, r"prompts\[1\] holds half of a surrogate pair, .* at position 2; mend it"),
-        (["a"], {"instruction": "x\0"}, ValueError, r"instruction\[0\] holds a NUL"),
+        (["a"], {"instruction": "x\0"}, ValueError, r"instruction holds a NUL"),
         (["a"], {"instruction": INSTRUCTION, "max_length": 5}, ValueError, "max_length is 5: no token of the text"),
     ],
 )
@@ -153,10 +169,12 @@ def test_packed_training_gives_the_padded_gradients(model, sentences):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_variable_length_kernel_gets_what_it_needs():
+def test_variable_length_kernel_gets_what_it_needs(monkeypatch):
     """The CUDA kernel's arguments, by a stand-in that computes from them alone, one text at a time."""
+    calls = []
 
     def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        calls.append(ends_q)
         assert ends_q.dtype == torch.int32
         assert ends_q.equal(ends_k)
         assert longest_q == longest_k == int(ends_q.diff().max())
@@ -166,10 +184,35 @@ def test_variable_length_kernel_gets_what_it_needs():
 
     q, k, v = torch.randn(3, 14, 2, 8)
     texts = PackedTexts([6, 4, 4])
-    expected = texts.attend(q, k, v)
-    ends = texts._ends(q.device)
-    torch.testing.assert_close(kernel(q, k, v, ends, ends, 6, 6), expected)
-    assert texts._ends(q.device) is ends, "made once for all layers"
+    expected, causal = texts.attend(q, k, v), texts.attend(q, k, v, is_causal=True)
+    monkeypatch.setattr(modeling_nvembed, "varlen_attn", kernel)
+    monkeypatch.setattr(modeling_nvembed, "has_varlen_kernel", lambda q: True)
+    torch.testing.assert_close(texts.attend(q, k, v), expected)
+    torch.testing.assert_close(texts.attend(q, k, v), expected)
+    assert len(calls) == 2
+    assert calls[0] is calls[1], "the ends are made once for all layers"
+    torch.testing.assert_close(texts.attend(q, k, v, is_causal=True), causal)
+    assert len(calls) == 2, "it has no causal mask"
+
+
+def test_one_long_text_among_short_ones_costs_its_own_tokens(model):
+    """Nothing is as large as the batch padded to its longest text would be, the pooling included."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    lengths = [200] + [2] * 100
+    tokens, hidden, widest = sum(lengths), 32, 8 * 32  # the MLP behind the latents widens 8 times
+    assert len(lengths) * max(lengths) * hidden > tokens * widest
+    with torch.no_grad(), Largest() as largest:
+        model(torch.full((tokens,), 5), pool_mask=torch.ones(tokens), lengths=lengths)
+    assert largest.elements <= tokens * widest
 
 
 # --- Options
@@ -214,7 +257,7 @@ def test_windows_keep_the_order(model, sentences, monkeypatch):
     monkeypatch.setattr(modeling_nvembed, "WINDOW_TEXTS", 3)
     torch.testing.assert_close(model.encode(sentences), expected, atol=1e-6, rtol=0)
     # As next to an accelerator: a thread tokenizes ahead. The meta device stands for one, nothing is computed there.
-    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("meta")))
+    monkeypatch.setattr(type(model), "_batch_device", lambda self: torch.device("meta"))
     ahead = [row.input_ids for window in model._tokenize_ahead(sentences, "", 64) for row in window]
     assert ahead == [row.input_ids for row in tokenize(model.tokenizer, model.config, sentences, [""] * 8, 64)]
 
@@ -226,13 +269,13 @@ def test_windows_keep_the_order(model, sentences, monkeypatch):
 def small_memory(model, monkeypatch):
     """The model on a device that holds `limit` tokens a batch; the sizes of the batches that it was given."""
 
-    def limit(tokens):
+    def limit(tokens, error):
         sizes, forward = [], type(model).forward
 
         def limited(self, input_ids, **features):
             sizes.append(len(input_ids))
             if len(input_ids) > tokens:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                raise error
             return forward(self, input_ids, **features)
 
         monkeypatch.setattr(type(model), "forward", limited)
@@ -241,11 +284,18 @@ def small_memory(model, monkeypatch):
     return limit
 
 
-def test_out_of_memory_halves_the_budget_and_goes_on(model, sentences, small_memory, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_halves_the_budget_and_goes_on(model, sentences, small_memory, monkeypatch, error):
     texts = sentences * 6
     expected = model.encode(texts)
     monkeypatch.setattr(modeling_nvembed, "WINDOW_TEXTS", 24)
-    sizes = small_memory(150)
+    sizes = small_memory(150, error)
     torch.testing.assert_close(model.encode(texts, batch_tokens=100_000), expected, atol=1e-6, rtol=0)
     assert sizes[0] > 150
     tried = sum(size > 150 for size in sizes)
@@ -253,7 +303,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(model, sentences, small_mem
 
 
 def test_one_text_that_never_fits_is_named(model, sentences, small_memory):
-    small_memory(60)
+    small_memory(60, torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(RuntimeError, match=r"prompts\[3\] alone, 1\d\d tokens, does not fit into memory"):
         model.encode([*sentences[:3], sentences[0] * 9])
 

@@ -148,6 +148,35 @@ def test_a_wrong_config_is_named(damaged, config, words):
         NVEmbedModel.from_pretrained(damaged(**config))
 
 
+def test_other_damage_is_named(damaged):
+    folder = damaged()
+    header = b'["a list"]'
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="model.safetensors is cut off or damaged"):
+        NVEmbedModel.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokenizer[:100])
+    with pytest.raises(ValueError, match="tokenizer.json of .*damaged is missing or damaged"):
+        NVEmbedModel.from_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json of .*damaged is missing or damaged"):
+        NVEmbedModel.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises((OSError, ValueError), match="config.json"):
+        NVEmbedModel.from_pretrained(folder)
+
+
+def test_a_rope_that_depends_on_the_length_is_refused(damaged):
+    folder = damaged()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="rope_type 'dynamic' depends on the text's length"):
+        NVEmbedModel.from_pretrained(folder)
+
+
 def test_loading_info_and_mismatched_sizes_work_as_everywhere(damaged):
     folder = damaged(lambda tensors: tensors.update({LATENTS: torch.ones(3, 32)}))
     model, info = NVEmbedModel.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
@@ -189,15 +218,37 @@ def test_bitsandbytes_quantizes_the_decoder_alone(model, saved, sentences, tmp_p
     torch.testing.assert_close(again.encode(sentences, INSTRUCTION), embeddings, atol=1e-5, rtol=0)
 
 
-def test_layers_on_disk(model, saved, sentences, tmp_path):
+def test_quantization_spares_the_pooling_whoever_asks(saved):
+    pytest.importorskip("bitsandbytes")
+    for quantization in (BitsAndBytesConfig(**NF4, llm_int8_skip_modules=["lm_head"]), dict(EIGHT_BIT)):
+        model = NVEmbedModel.from_pretrained(saved, quantization_config=quantization, dtype=torch.float32)
+        assert {p.dtype for p in model.latent_attention_model.parameters()} == {torch.float32}
+        assert model.embedding_model.layers[0].mlp.up_proj.weight.dtype in (torch.int8, torch.uint8)
+    to_q = model.latent_attention_model.cross_attend_blocks[0].fn.to_q
+    to_q.weight = torch.nn.Parameter(to_q.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"fn.to_q.weight is quantized to torch.int8; fold before that"):
+        model.fold_latent_attention()
+
+
+PARTLY = {f"embedding_model.{name}": "cpu" for name in ("embed_tokens", "norm", "layers.0", "layers.2")}
+PARTLY |= {"embedding_model.layers.1": "disk", "latent_attention_model": "disk"}
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("device_map", [PARTLY, {"": "disk"}], ids=["partly", "wholly"])
+def test_layers_on_disk(model, sentences, tmp_path, device_map, is_folded):
     """What `device_map="auto"` does with a model that does not fit: whole layers are swapped in and out."""
-    device_map = {f"embedding_model.{name}": "cpu" for name in ("embed_tokens", "norm", "layers.0", "layers.2")}
-    device_map |= {"embedding_model.layers.1": "disk", "latent_attention_model": "disk"}
-    spread = NVEmbedModel.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path / "offload")
+    expected = model.encode(sentences)
+    if is_folded:
+        model.fold_latent_attention()
+    model.save_pretrained(tmp_path / "saved")
+    offload = tmp_path / "offload"
+    spread = NVEmbedModel.from_pretrained(tmp_path / "saved", device_map=device_map, offload_folder=offload)
     assert spread.embedding_model.layers[1].mlp.up_proj.weight.is_meta
-    torch.testing.assert_close(spread.encode(sentences), model.encode(sentences), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="latent attention is offloaded; load it onto one device before folding"):
-        spread.fold_latent_attention()
+    torch.testing.assert_close(spread.encode(sentences), expected, atol=1e-6, rtol=0)
+    if not is_folded:
+        with pytest.raises(ValueError, match="spread over devices or offloaded; fold it on one device, save it"):
+            spread.fold_latent_attention()
 
 
 def test_device_map_never_splits_a_layer(model):

@@ -91,7 +91,9 @@ def test_saved_again(st_model, reference, sentences, tmp_path):
     again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
     assert again.max_seq_length == 64
     assert_same(again.encode(sentences, prompt_name="mine"), reference.encode(sentences, "Instruct: mine\nQuery: "))
-    assert_same(NVEmbedModel.from_pretrained(tmp_path / "again").encode(sentences), reference.encode(sentences))
+    plain = NVEmbedModel.from_pretrained(tmp_path / "again")
+    assert_same(plain.encode(sentences), reference.encode(sentences))
+    assert plain.config.prompts["mine"] == "Instruct: mine\nQuery: ", "and so it is written again"
 
 
 def test_tokenize_with_a_prompt_length_as_before_5_4(st_model, reference, sentences):
@@ -103,9 +105,23 @@ def test_tokenize_with_a_prompt_length_as_before_5_4(st_model, reference, senten
         assert_same(module(features)["sentence_embedding"], reference.encode(sentences, NQ))
 
 
-def test_bad_text_is_named(st_model):
-    with pytest.raises(ValueError, match=r"prompts\[0\] holds a NUL"):
-        st_model.encode("a\0b")
+@pytest.mark.parametrize(
+    ("text", "prompt", "words"),
+    [
+        ("a\0b", "", r"text or prompt 'a.x00b' holds a NUL character at position 1"),
+        ("a", "x\ud83d", "holds half of a surrogate pair, .* at position 1"),
+    ],
+)
+def test_bad_text_is_named(st_model, sentences, text, prompt, words):
+    with pytest.raises(ValueError, match=words):
+        st_model.encode([*sentences, text], prompt=prompt)
+
+
+def test_options_reach_the_model(st_checkpoint, st_model, sentences):
+    options = {"config_kwargs": {"is_mask_instruction": False}, "device": "cpu"}
+    unmasked = SentenceTransformer(str(st_checkpoint), trust_remote_code=True, **options)
+    assert np.abs(unmasked.encode(sentences, prompt=NQ) - st_model.encode(sentences, prompt=NQ)).max() > 1e-3
+    assert st_model[0].preprocess(["word " * 50], max_length=7)["input_ids"].shape == (1, 7)
 
 
 def test_trainer_moves_every_parameter(st_model, sentences, tmp_path):

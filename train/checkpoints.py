@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.logging import tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import (
@@ -83,11 +84,24 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
         model.save_pretrained(partial)
 
 
+def fold_released(source: str, output_dir: str) -> None:
+    """Writes a released checkpoint with its latent attention folded; loads it whole, in the dtype of its files.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+        ValueError: as `NVEmbedModel.from_pretrained`.
+    """
+    check_output_dir(output_dir)
+    model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
+    model.config.prompts = model.config.prompts or paper_prompts()
+    write_checkpoint(model, output_dir)
+
+
 def convert_released(source: str, output_dir: str) -> None:
     """Writes a released checkpoint with our code: the same weights, never read into memory.
 
-    The files of weights are hard links where the file system allows it, copies elsewhere. Config and tokenizer stay
-    what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
+    The files of weights are hard links where the file system allows it, copies elsewhere. Config, tokenizer, license
+    and model card stay what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
 
     Args:
         source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
@@ -101,7 +115,7 @@ def convert_released(source: str, output_dir: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *DOCUMENTS]))
         except Exception as error:
             raise ValueError(
                 f"{source} is neither a local folder nor a Hub model that can be reached: {error}"
@@ -115,11 +129,11 @@ def convert_released(source: str, output_dir: str) -> None:
         model = NVEmbedModel(config)
     shards = check_weights(folder, {name: list(tensor.shape) for name, tensor in model.state_dict().items()})
     with staged(output_dir) as partial:
-        for shard in shards:
+        for shard in tqdm(shards, desc="Linking", unit="file"):
             link_or_copy(shard, partial / shard.name)
-        if (folder / INDEX).is_file():
-            shutil.copyfile(folder / INDEX, partial / INDEX)
-        save_tokenizer(load_tokenizer(str(folder), config), str(partial))
+        for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
+            shutil.copyfile(file, partial / file.name)
+        save_tokenizer(load_tokenizer(str(folder), config.add_pad_token), str(partial))
         save_sentence_transformers_files(config, str(partial))
         custom_object_save(model, str(partial), config=config)  # the two code files, and `auto_map`
         config.architectures = [type(model).__name__]
@@ -127,6 +141,7 @@ def convert_released(source: str, output_dir: str) -> None:
 
 
 INDEX = "model.safetensors.index.json"
+DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
 
 
 def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
@@ -137,7 +152,10 @@ def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
     """
     names = ["model.safetensors"]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is cut off or damaged ({error!r}); download it again") from error
     found = {}
     for name in names:
         try:

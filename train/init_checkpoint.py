@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser,
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.checkpoints import check_output_dir, convert_released, paper_prompts, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, convert_released, fold_released, paper_prompts, write_checkpoint
 
 
 SUPPORTED = ("mistral", "llama")
@@ -30,6 +30,9 @@ class InitArguments:
     base: str | None = field(default=None, metadata={"help": "Decoder: Hub name, local folder, or .gguf file."})
     from_released: str | None = field(
         default=None, metadata={"help": "Instead of a base: a released NV-Embed, Hub name or local folder."}
+    )
+    fold_latent_attention: bool = field(
+        default=False, metadata={"help": "Of a released NV-Embed: fold it, for evaluation alone; loads it into memory."}
     )
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep the first so many layers; default all."})
@@ -152,8 +155,11 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
 def main(args: InitArguments) -> None:
     if (args.base is None) == (args.from_released is None):
         raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
+    if args.fold_latent_attention and args.from_released is None:
+        raise ValueError("--fold_latent_attention is for --from_released: an untrained checkpoint needs its latents")
     if args.from_released is not None:
-        convert_released(args.from_released, args.output_dir)
+        convert = fold_released if args.fold_latent_attention else convert_released
+        convert(args.from_released, args.output_dir)
     else:
         check_output_dir(args.output_dir)
         write_checkpoint(init_model(args), args.output_dir)

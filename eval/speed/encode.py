@@ -79,8 +79,10 @@ def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> NV
         torch.set_default_dtype(dtype)
         model = NVEmbedModel(config).eval()
         torch.set_default_dtype(default)
-    for parameter in model.latent_attention_model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)  # a new block is zero; a trained one is not
+    for name, parameter in model.latent_attention_model.named_parameters():
+        # A new block is zero; a trained one is not. Of this size, scores vary by about 1 and every part counts.
+        std = 1.0 if name == "latents" else parameter.shape[-1] ** -0.5
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=std)
     return model
 
 
@@ -130,7 +132,7 @@ def released_encode(model: NVEmbedModel, texts: list[str], instruction: str, max
     latents = block.latents.repeat(len(texts), 1, 1)
     x = x + released_attention(attend.fn, attend.norm(x), attend.norm_context(latents))
     x = x + feed.fn(feed.norm(x))
-    return block.pool(x, features["pool_mask"])
+    return block.pool(x, features["pool_mask"], layout)
 
 
 # --- Counting
@@ -197,17 +199,20 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
     mean = MeanPooling(model.config.latent_attention_config).eval()
     options = {"max_length": args.max_length, "batch_tokens": args.batch_tokens}
 
+    def select(way: str) -> None:
+        """Only the pooling at work lies on the device, so that peak memory is that of one way."""
+        chosen = {"folded": folded, "mean": mean}.get(way, pooling)
+        for block in (pooling, folded, mean):
+            block.to(model.device if block is chosen else "cpu")
+        model.latent_attention_model = chosen
+
     def encode(way: str, some: list[str]) -> Tensor:
         if way == "released":  # the whole list in one call, or as many texts as its memory allows
             lists = (some[i : i + args.released_list] for i in range(0, len(some), args.released_list))
             return torch.cat([released_encode(model, part, instruction, args.max_length) for part in lists])
-        model.latent_attention_model = {"unfolded": pooling, "folded": folded, "mean": mean}[way]
-        try:
-            return model.encode(some, instruction, **options)
-        finally:
-            model.latent_attention_model = pooling
+        return model.encode(some, instruction, **options)
 
-    check_agreement(encode, texts[:8], args)
+    check_agreement(select, encode, texts[:8], args)
     rows = tokenize(model.tokenizer, model.config, texts, [instruction] * len(texts), args.max_length)
     lengths = [len(row.input_ids) for row in rows]
     seconds, memory = {way: [] for way in WAYS}, dict.fromkeys(WAYS, 0.0)
@@ -215,38 +220,44 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
     for _ in range(args.rounds):
         peaks.append(matmul_flops_per_second(model.device, model.dtype))
         for way in WAYS:
+            select(way)
             reset_peak_memory(model.device)
             seconds[way].append(timed(partial(encode, way, texts), model.device))
             memory[way] = max(memory[way], peak_memory(model.device))
             progress.update()
     peak = statistics.median(peaks)
-    best = {way: statistics.median(seconds[way]) for way in WAYS}
+    median = {way: statistics.median(seconds[way]) for way in WAYS}
     flops = {way: useful_flops(model.config, lengths, way) for way in WAYS}
     name = "queries" if instruction else "passages"
     quartiles = "/".join(f"{q:.0f}" for q in statistics.quantiles(lengths, n=4))
     print(f"{name}: {len(texts)} texts, {quartiles} tokens (quartiles); matmul peak {peak / 1e9:,.0f} GFLOP/s")
-    ratio = best["folded"] / best["mean"] / (flops["folded"] / flops["mean"])
+    ratio = median["folded"] / median["mean"] / (flops["folded"] / flops["mean"])
     print(f"{name}: folded over mean, time by FLOPs: {ratio:.3f}")
     sizes = (sum(p.numel() * p.element_size() for p in block.parameters()) / 1e9 for block in (pooling, folded))
     print("{}: weights of the latent attention: unfolded {:.3f} GB, folded {:.3f} GB".format(name, *sizes))
     table = []
     for way in WAYS:
         speedups = [r / w for r, w in zip(seconds["released"], seconds[way])]
-        rate = flops[way] / best[way]
+        rate = flops[way] / median[way]
         table.append(
-            f"| {name} | {way} | {len(texts) / best[way]:,.1f} | {sum(lengths) / best[way]:,.0f} | "
+            f"| {name} | {way} | {len(texts) / median[way]:,.1f} | {sum(lengths) / median[way]:,.0f} | "
             f"{statistics.median(speedups):.2f} | {min(speedups):.2f}-{max(speedups):.2f} | {rate / 1e9:,.1f} | "
             f"{100 * rate / peak:.0f} | {memory[way]:.2f} |"
         )
     return table
 
 
-def check_agreement(encode: Callable[[str, list[str]], Tensor], texts: list[str], args: argparse.Namespace) -> None:
-    """The three ways that should agree do: what is timed below is the same computation."""
-    tolerance = 1e-5 if args.dtype == "float32" else 2e-2
-    expected = encode("released", texts).float()
-    for way in ("unfolded", "folded"):
-        torch.testing.assert_close(encode(way, texts).float(), expected, atol=tolerance, rtol=0)
+def check_agreement(select: Callable, encode: Callable, texts: list[str], args: argparse.Namespace) -> None:
+    """What is timed is the same computation: `unfolded` and `folded` agree with `released`, and `mean` does not."""
+    embeddings = {}
+    for way in WAYS:
+        select(way)
+        embeddings[way] = encode(way, texts).float()
+    for way in WAYS[1:]:
+        distance = (1 - torch.cosine_similarity(embeddings[way], embeddings["released"])).max().item()
+        agrees = distance < (1e-5 if args.dtype == "float32" else 1e-2)
+        if agrees != (way != "mean"):
+            raise AssertionError(f"{way} is at a cosine distance of {distance:.2g} from released")
 
 
 def main() -> None:

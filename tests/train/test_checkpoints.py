@@ -92,6 +92,15 @@ def test_damaged_files_are_named_and_nothing_is_left(released, tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
+def test_a_damaged_index_is_named(released, tmp_path):
+    index = released / "model.safetensors.index.json"
+    for content in (index.read_text()[:40], "{}"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="model.safetensors.index.json is cut off or damaged"):
+            convert_released(str(released), str(tmp_path / "converted"))
+    assert not (tmp_path / "converted").exists()
+
+
 def test_a_full_disk_leaves_nothing(released, tmp_path, monkeypatch):
     def fail(source, target):
         target.write_bytes(b"half")
@@ -115,6 +124,19 @@ def test_other_sources_are_refused(decoder_dir, released, tmp_path):
             main(InitArguments(output_dir=str(tmp_path / "converted"), **names))
 
 
+def test_script_folds(released, model, sentences, tmp_path):
+    folder = tmp_path / "folded"
+    main(InitArguments(output_dir=str(folder), from_released=str(released), fold_latent_attention=True))
+    folded = NVEmbedModel.from_pretrained(folder)
+    assert folded.config.latent_attention_is_folded
+    assert folded.config.prompts == paper_prompts()
+    torch.testing.assert_close(folded.encode(sentences), model.encode(sentences), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="--fold_latent_attention is for --from_released"):
+        main(InitArguments(output_dir=str(tmp_path / "no"), base="some", fold_latent_attention=True))
+
+
 def test_script_converts(released, model, sentences, tmp_path):
+    (released / "LICENSE").write_text("theirs")
     main(InitArguments(output_dir=str(tmp_path / "converted"), from_released=str(released)))
     assert torch.equal(NVEmbedModel.from_pretrained(tmp_path / "converted").encode(sentences), model.encode(sentences))
+    assert (tmp_path / "converted" / "LICENSE").read_text() == "theirs"

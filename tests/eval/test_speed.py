@@ -1,0 +1,64 @@
+"""What the benchmark of `encode` counts and compares."""
+
+import argparse
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nvembed.eval.speed import encode as benchmark
+from nvembed.modeling_nvembed import FoldedLatentAttention, MeanPooling
+
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "vocab_size": 50}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", SHAPE)
+    return benchmark.random_model("tiny", 2, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("way", ["unfolded", "folded", "mean"])
+def test_useful_flops_are_those_that_torch_counts(tiny, way):
+    lengths, config = [7, 5, 5, 1], tiny.config.latent_attention_config
+    if way == "folded":
+        tiny.latent_attention_model = FoldedLatentAttention.fold(tiny.latent_attention_model, config)
+    elif way == "mean":
+        tiny.latent_attention_model = MeanPooling(config).eval()
+    # The counter knows attention as two matrix products, not as the CPU's fused kernel.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny(torch.randint(50, (sum(lengths),)), lengths=lengths)
+    counted = counter.get_total_flops()
+    if way == "unfolded":  # the latents' own keys and values, which the fold computes once for all
+        counted -= 2 * config.num_latents_value * config.latent_dim * 2 * 8 * config.cross_dim_head
+    assert benchmark.useful_flops(tiny.config, lengths, way) == counted
+
+
+def test_released_way_computes_the_same(tiny):
+    texts = benchmark.real_texts()[0][:40]
+    tiny.tokenizer = benchmark.train_tokenizer(texts)
+    tiny.resize_token_embeddings(len(tiny.tokenizer))
+    expected = tiny.encode(texts, benchmark.INSTRUCTION)
+    actual = benchmark.released_encode(tiny, texts, benchmark.INSTRUCTION, 512)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_ways_that_disagree_are_not_timed():
+    vectors = dict(zip(benchmark.WAYS, torch.eye(4).unsqueeze(1)))
+    arguments = argparse.Namespace(dtype="float32")
+    with pytest.raises(AssertionError, match="unfolded is at a cosine distance of 1 from released"):
+        benchmark.check_agreement(lambda way: None, lambda way, texts: vectors[way], ["a"], arguments)
+    same = dict.fromkeys(benchmark.WAYS, torch.ones(1, 4))
+    with pytest.raises(AssertionError, match="mean is at a cosine distance of 0 from released"):
+        benchmark.check_agreement(lambda way: None, lambda way, texts: same[way], ["a"], arguments)
+
+
+def test_texts_have_the_lengths_that_results_state():
+    sentences, passages = benchmark.real_texts()
+    assert len(sentences) > 512
+    assert len(passages) > 128
+    assert all(5 <= len(sentence.split()) <= 15 for sentence in sentences)
+    assert all(len(passage.split()) >= 120 for passage in passages)
