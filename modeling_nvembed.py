@@ -886,6 +886,7 @@ class NVEmbedModel(PreTrainedModel):
         """Writes a folder that loads anywhere: safetensors, config, the two code files, tokenizer, and what
         sentence-transformers wants to know."""
         if kwargs.get("is_main_process", True):
+            part_from_links(save_directory)
             save_tokenizer(self.tokenizer, save_directory)
             save_sentence_transformers_files(self.config, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -940,6 +941,17 @@ def find_damaged_file(folder: str) -> Path | None:
         if path.stat().st_size != 8 + length + max(ends, default=0):
             return path
     return None
+
+
+def part_from_links(folder: str) -> None:
+    """Takes weights about to be overwritten out of the folder if they are hard links.
+
+    safetensors before 0.8 writes into the file that is there, which is the released one in a folder that
+    `train/init_checkpoint.py --from_released` linked. What is loaded from it stays readable.
+    """
+    for path in Path(folder).glob("*.safetensors"):
+        if path.stat().st_nlink > 1:
+            path.unlink()
 
 
 def load_tokenizer(name_or_path: str, add_pad_token: bool, **hub_options) -> PreTrainedTokenizerFast:
@@ -1082,6 +1094,7 @@ class NVEmbedTransformer(nn.Module):
         settings = Path(output_path, "config_sentence_transformers.json")
         if settings.is_file():
             self.auto_model.config.prompts = json.loads(settings.read_text())["prompts"]
+        part_from_links(output_path)
         save_tokenizer(self.tokenizer, output_path)
         PreTrainedModel.save_pretrained(self.auto_model, output_path)
 

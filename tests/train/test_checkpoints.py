@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from nvembed import NVEmbedModel
 from nvembed.train.checkpoints import convert_released, paper_prompts
@@ -44,6 +44,22 @@ def test_conversion_links_the_weights(released, model, sentences, tmp_path):
     assert settings["prompts"]["NQ-document"] == ""
     assert "QuoraRetrieval-document" not in settings["prompts"], "both sides carry it there"
     assert "nvidia/NV-Embed-v2" not in (converted / "config.json").read_text()
+
+
+def test_saving_into_the_converted_folder_leaves_the_released_weights(released, tmp_path, monkeypatch):
+    """safetensors before 0.8 wrote into the file that is there; a writer that does so stands for it."""
+    before = {path.name: path.read_bytes() for path in released.glob("*.safetensors")}
+    convert_released(str(released), str(tmp_path / "converted"))
+    folded = NVEmbedModel.from_pretrained(tmp_path / "converted", fold_latent_attention=True)
+
+    def write_in_place(tensors, filename, metadata=None):
+        with open(filename, "wb") as file:
+            file.write(save(tensors, metadata))
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", write_in_place)
+    folded.save_pretrained(tmp_path / "converted", max_shard_size="50KB")
+    assert {path.name: path.read_bytes() for path in released.glob("*.safetensors")} == before
+    assert NVEmbedModel.from_pretrained(tmp_path / "converted").config.latent_attention_is_folded
 
 
 def test_conversion_copies_where_it_cannot_link(released, model, sentences, tmp_path, monkeypatch):
