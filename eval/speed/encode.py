@@ -225,6 +225,7 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
             seconds[way].append(timed(partial(encode, way, texts), model.device))
             memory[way] = max(memory[way], peak_memory(model.device))
             progress.update()
+    select("unfolded")  # as it came, for the next texts
     peak = statistics.median(peaks)
     median = {way: statistics.median(seconds[way]) for way in WAYS}
     flops = {way: useful_flops(model.config, lengths, way) for way in WAYS}
