@@ -743,10 +743,11 @@ class NVEmbedModel(PreTrainedModel):
             raise TypeError(f"instruction is {instruction!r}, not a string; leave it out for no instruction")
         check_characters(instruction, "instruction")
         prompts = check_texts(prompts)
-        hidden, numbers = self.config.hidden_size, {"batch_tokens": batch_tokens, "batch_size": batch_size}
-        for name, value in (numbers | {"truncate_dim": truncate_dim}).items():
+        hidden = self.config.hidden_size
+        numbers = (("batch_tokens", batch_tokens, None), ("batch_size", batch_size, None))
+        for name, value, largest in (*numbers, ("truncate_dim", truncate_dim, hidden)):
             if value is not None:
-                check_number(name, value, hidden if name == "truncate_dim" else None)
+                check_number(name, value, largest)
         if normalize is None:
             normalize = self.config.latent_attention_config.output_normalize
         convert_to_numpy = convert_to_numpy or return_numpy
@@ -876,7 +877,8 @@ class NVEmbedModel(PreTrainedModel):
             if (damaged := find_damaged_file(pretrained_model_name_or_path)) is None:
                 raise
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
-        _check_loaded(pretrained_model_name_or_path, info, may_differ)
+        misshapen = () if may_differ else info["mismatched_keys"]
+        check_tensors(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], misshapen)
         model.tokenizer = tokenizer
         if fold_latent_attention:
             model.fold_latent_attention()
@@ -917,15 +919,15 @@ def _spare_the_pooling(quantization_config):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _check_loaded(name: str, info: dict, may_differ: bool) -> None:
-    """transformers warns of missing, unknown and misshapen tensors, and starts from random ones; this refuses."""
+def check_tensors(name: str, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[tuple]) -> None:
+    """Refuses what transformers warns of, to start from random weights; `misshapen`: (name, shape found, expected)."""
     advice = "is the download whole, and does config.json belong to these weights?"
-    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+    for problem, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
             raise ValueError(f"{name} {problem} tensors: {len(keys)}, the first is {min(keys)}; {advice}")
-    if info["mismatched_keys"] and not may_differ:
-        key, found, expected = min(info["mismatched_keys"])
-        raise ValueError(f"{name}: {key} is {list(found)} in the file and {list(expected)} by the config; {advice}")
+    if misshapen:
+        key, found, expected = min(misshapen)
+        raise ValueError(f"{name}: {key} is {list(found)} in the file and {list(expected)} by config.json; {advice}")
 
 
 def find_damaged_file(folder: str) -> Path | None:

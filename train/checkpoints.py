@@ -18,6 +18,7 @@ from transformers.utils.logging import tqdm
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import (
     NVEmbedModel,
+    check_tensors,
     format_instruction,
     load_tokenizer,
     save_sentence_transformers_files,
@@ -165,12 +166,9 @@ def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
             raise ValueError(f"{folder / name} is absent; download it") from None
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is cut off or damaged ({error}); download it again") from error
-    for problem, keys in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if keys:
-            raise ValueError(f"{folder} {problem} tensors: {len(keys)}, the first is {min(keys)}; is it whole?")
-    for name, shape in expected.items():
-        if list(found[name]) != shape:
-            raise ValueError(f"{folder}: {name} is {list(found[name])} in the file and {shape} by config.json")
+    shared = expected.keys() & found.keys()
+    misshapen = [(key, found[key], expected[key]) for key in shared if list(found[key]) != expected[key]]
+    check_tensors(str(folder), expected.keys() - found.keys(), found.keys() - expected.keys(), misshapen)
     return [folder / name for name in names]
 
 

@@ -22,15 +22,13 @@ from datetime import date
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedConfig, NVEmbedModel
 from nvembed.modeling_nvembed import (
-    Attention,
     FoldedLatentAttention,
     LatentAttention,
     MeanPooling,
@@ -73,12 +71,9 @@ def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> NV
     width = fields["hidden_size"]
     latents = {"hidden_dim": width, "latent_dim": width, "cross_dim_head": width}
     config = NVEmbedConfig(text_config=fields, latent_attention_config=latents)
+    torch.manual_seed(0)
     with torch.device(device):
-        torch.manual_seed(0)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        model = NVEmbedModel(config).eval()
-        torch.set_default_dtype(default)
+        model = AutoModel.from_config(config, dtype=dtype).eval()
     for name, parameter in model.latent_attention_model.named_parameters():
         # A new block is zero; a trained one is not. Of this size, scores vary by about 1 and every part counts.
         std = 1.0 if name == "latents" else parameter.shape[-1] ** -0.5
@@ -113,13 +108,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 # --- The released way
 
 
-def released_attention(attention: Attention, x: Tensor, context: Tensor) -> Tensor:
-    """`x` `[batch, tokens, hidden]`, `context` `[batch, latents, width]`: every row projects its own copy."""
-    q, (k, v) = attention.to_q(x), attention.to_kv(context).chunk(2, dim=-1)
-    q, k, v = (y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for y in (q, k, v))
-    return attention.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-
-
 @torch.no_grad()
 def released_encode(model: NVEmbedModel, texts: list[str], instruction: str, max_length: int) -> Tensor:
     """What `encode` of the released code does, on our decoder."""
@@ -129,8 +117,8 @@ def released_encode(model: NVEmbedModel, texts: list[str], instruction: str, max
     x = model.embedding_model(features["input_ids"], layout)
     block = model.latent_attention_model
     attend, feed = block.cross_attend_blocks
-    latents = block.latents.repeat(len(texts), 1, 1)
-    x = x + released_attention(attend.fn, attend.norm(x), attend.norm_context(latents))
+    latents = block.latents.repeat(len(texts), 1, 1)  # every row projects its own copy
+    x = x + attend.fn(attend.norm(x), attend.norm_context(latents), PaddedTexts(x.shape[1]))
     x = x + feed.fn(feed.norm(x))
     return block.pool(x, features["pool_mask"], layout)
 
