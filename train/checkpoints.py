@@ -27,7 +27,7 @@ from nvembed.modeling_nvembed import (
 
 
 # What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
-PATTERNS = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "modeling_nvembed.py", "configuration_nvembed.py")
+PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
 
 
 def check_output_dir(output_dir: str) -> Path:
@@ -53,7 +53,7 @@ def staged(output_dir: str) -> Iterator[Path]:
     """A folder to write to, moved to `output_dir` when all is written: a folder with a `config.json` is whole.
 
     Raises:
-        FileExistsError: the folder holds a checkpoint already.
+        FileExistsError: the folder holds a checkpoint already, or a file that would be replaced, such as a README.md.
     """
     folder = check_output_dir(output_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -61,6 +61,9 @@ def staged(output_dir: str) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         yield partial
+        for file in partial.iterdir():
+            if (folder / file.name).exists():
+                raise FileExistsError(f"{folder / file.name} would be replaced; move it away or name another folder")
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
             os.replace(file, folder / file.name)
     finally:

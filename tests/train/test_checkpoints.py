@@ -128,6 +128,16 @@ def test_a_full_disk_leaves_nothing(released, tmp_path, monkeypatch):
     assert not (tmp_path / "converted").exists()
 
 
+def test_a_readme_that_is_there_stays(released, tmp_path):
+    (released / "README.md").write_text("theirs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="README.md would be replaced; move it away"):
+        convert_released(str(released), str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
 def test_other_sources_are_refused(decoder_dir, released, tmp_path):
     with pytest.raises(ValueError, match="is a 'llama' model, not a released NV-Embed; --base makes one"):
         convert_released(str(decoder_dir), str(tmp_path / "converted"))
