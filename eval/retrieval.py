@@ -1,8 +1,7 @@
 """Retrieval: BEIR folders and Hub datasets, exact search, nDCG@10."""
 
 import csv
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytrec_eval
 import torch
 from torch import Tensor
 
+from nvembed.eval.tables import read_jsonl
 from nvembed.modeling_nvembed import format_instruction
 
 
@@ -112,30 +112,6 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
 def document_text(row: dict) -> str:
     """Title and text as one string, as MTEB joins them."""
     return f"{row.get('title') or ''} {row['text']}".strip()
-
-
-def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
-    """(Line number from 1, row) of a JSON Lines file; empty lines are skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object or lacks a required field; file and line are named.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a {type(row).__name__}, not a JSON object")
-            for field in required:
-                if field not in row:
-                    raise ValueError(f'{path}:{number}: "{field}" is missing; found {sorted(row)}')
-            yield number, row
 
 
 def search(queries: Tensor, documents: Tensor, top_k: int = 10, chunk: int = 1024) -> tuple[Tensor, Tensor]:

@@ -229,7 +229,9 @@ def test_bitsandbytes_quantizes_the_decoder_alone(wide_model, sentences, tmp_pat
     kept = [*quantized.latent_attention_model.parameters(), quantized.embedding_model.norm.weight]
     assert {parameter.dtype for parameter in kept} == {torch.float32}
 
-    quantized.save_pretrained(tmp_path / "quantized")  # before the first use, at which bitsandbytes may pack its weights
+    quantized.save_pretrained(
+        tmp_path / "quantized"
+    )  # before the first use, at which bitsandbytes may pack its weights
     embeddings = quantized.encode(sentences, INSTRUCTION)
     assert torch.cosine_similarity(embeddings, model.encode(sentences, INSTRUCTION)).mean() > bar
     again = NVEmbedModel.from_pretrained(tmp_path / "quantized", fold_latent_attention=True)

@@ -1,0 +1,44 @@
+"""Which instruction a task's queries and documents carry: one per task, as in the paper's evaluation (section 5.1)."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class TaskInstruction:
+    """Task definitions, without "Instruct:"; "" is none.
+
+    Args:
+        query: for queries, and for every text of a task that has no queries, such as clustering.
+        document: for documents of retrieval; equals `query` in symmetric tasks.
+    """
+
+    query: str
+    document: str = ""
+
+
+def paper_instructions() -> dict[str, TaskInstruction]:
+    """The paper's instructions by task; "STS" and "SUMM", the released names, stand for all tasks of these types."""
+    entries = json.loads((files("nvembed.eval") / "instructions.json").read_text())
+    return {
+        name: TaskInstruction(entry["query"], entry["query"] if entry.get("symmetric") else entry["corpus"])
+        for name, entry in entries.items()
+    }
+
+
+def find_instruction(name: str, task_type: str) -> TaskInstruction | None:
+    """The paper's instruction for one of mteb's tasks; None if it has none.
+
+    mteb's later variants of a data set (`.v2`, `HardNegatives`, parts of CQADupstack) get the first one's.
+    """
+    known = paper_instructions()
+    stem = re.sub(r"\.v\d+$", "", name)
+    stem = re.sub(r"HardNegatives$", "", stem)
+    stem = re.sub(r"^CQADupstack\w+Retrieval$", "CQADupstackRetrieval", stem)
+    by_type = {"STS": "STS", "Summarization": "SUMM"}.get(task_type, "")
+    for key in (name, stem, stem.removesuffix("Retrieval"), by_type):
+        if key in known:
+            return known[key]
+    return None

@@ -1,0 +1,82 @@
+"""Tables on disk, row by row, with a name for every row that an error can give."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import load_dataset
+
+
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def find_table(folder: Path, split: str) -> Path | None:
+    """The file of a split in a folder: `<split>.jsonl`, .csv, .tsv or .parquet."""
+    files = (folder / f"{split}{suffix}" for suffix in (".jsonl", *BUILDERS))
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_table(file: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Yields (name of the row, row): `train.jsonl:17` for a JSONL file, `train.csv[16]` otherwise.
+
+    Raises:
+        ValueError: the file cannot be read, or a row lacks a required column.
+    """
+    if file.suffix in (".jsonl", ".json"):
+        yield from ((f"{file}:{number}", row) for number, row in read_jsonl(file, required))
+        return
+    if file.suffix not in BUILDERS:
+        raise ValueError(f"{file}: unknown dataset layout: {file.suffix!r} is not .jsonl, .csv or .parquet")
+    options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
+    try:
+        table = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable {file.suffix[1:]} table: {error}") from error
+    yield from named_rows(table, str(file), required)
+
+
+def named_rows(table, name: str, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Rows of a `datasets.Dataset` as `name[position]`."""
+    for position, row in enumerate(table):
+        check_columns(row, required, f"{name}[{position}]")
+        yield f"{name}[{position}]", row
+
+
+def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
+    """(Line number from 1, row) of a JSON Lines file; empty lines are skipped.
+
+    Raises:
+        ValueError: a line is not a JSON object or lacks a required column; file and line are named.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a {type(row).__name__}, not a JSON object")
+            check_columns(row, required, f"{path}:{number}")
+            yield number, row
+
+
+def check_columns(row: dict, required: tuple[str, ...], name: str) -> None:
+    for column in required:
+        if column not in row:
+            raise ValueError(f'{name}: "{column}" is missing; found {sorted(row)}')
+
+
+def text_of(row: dict, column: str, name: str) -> str:
+    """A text column of a row, which may be empty.
+
+    Raises:
+        ValueError: it is no string; the row is named.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f'{name}: "{column}" is {value!r} of type {type(value).__name__}, not a string')
+    return value
