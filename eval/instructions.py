@@ -31,11 +31,11 @@ def paper_instructions() -> dict[str, TaskInstruction]:
 def find_instruction(name: str, task_type: str) -> TaskInstruction | None:
     """The paper's instruction for one of mteb's tasks; None if it has none.
 
-    mteb's later variants of a data set (`.v2`, `HardNegatives`, parts of CQADupstack) get the first one's.
+    Later variants (`.v2`, `HardNegatives`, `ArXivHierarchical`, parts of CQADupstack) get the first data set's.
     """
     known = paper_instructions()
     stem = re.sub(r"\.v\d+$", "", name)
-    stem = re.sub(r"HardNegatives$", "", stem)
+    stem = re.sub(r"HardNegatives$", "", stem).replace("ArXivHierarchical", "Arxiv")
     stem = re.sub(r"^CQADupstack\w+Retrieval$", "CQADupstackRetrieval", stem)
     by_type = {"STS": "STS", "Summarization": "SUMM"}.get(task_type, "")
     for key in (name, stem, stem.removesuffix("Retrieval"), by_type):

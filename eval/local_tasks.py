@@ -69,7 +69,7 @@ def read_tasks(file: str) -> list[AbsTask]:
 def read_entries(file: str) -> list[LocalTask]:
     path = Path(file)
     try:
-        content = yaml.safe_load(path.readtext_of(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; name a YAML file with a list `tasks:`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -123,7 +123,7 @@ def make_task(entry: LocalTask) -> AbsTask:
         eval_splits=[entry.split],
         eval_langs=["eng-Latn"],
         main_score=main_score,
-        dataset={"path": str(entry.path), "revision": fingerprint(data)},
+        dataset={"path": entry.path.name, "revision": fingerprint(data)},
     )
     attributes = {"metadata": metadata, "instruction": entry.instruction}
     if abstract is AbsTaskClustering:
@@ -202,19 +202,20 @@ def _load_ranked_beir(entry: LocalTask) -> dict[str, RetrievalSplitData]:
 
 
 def _load_classification(entry: LocalTask) -> dict[str, Dataset]:
-    data = {}
-    for split in dict.fromkeys(("train", entry.split)):
-        rows = [
-            {"text": text_of(r, "text", n), "label": _label(r, "label", n)}
-            for n, r in _rows(entry, split, ("text", "label"))
-        ]
-        data[split] = Dataset.from_list(rows)
-    unknown = set(data[entry.split]["label"]) - set(data["train"]["label"])
-    if unknown:
-        raise ValueError(
-            f"{entry.path}: label {min(unknown, key=str)!r} of split {entry.split!r} is not in split 'train'"
-        )
-    return data
+    """Labels become whole numbers in the order of their names, as in MTEB; its precision of two classes needs 0 and 1."""
+    columns = ("text", "label")
+    rows = {
+        split: [(text_of(row, "text", name), _label(row, "label", name)) for name, row in _rows(entry, split, columns)]
+        for split in dict.fromkeys(("train", entry.split))
+    }
+    numbers = {label: number for number, label in enumerate(sorted({label for _, label in rows["train"]}))}
+    for _, label in rows[entry.split]:
+        if label not in numbers:
+            raise ValueError(f"{entry.path}: label {label!r} of split {entry.split!r} is not in split 'train'")
+    return {
+        split: Dataset.from_list([{"text": text, "label": numbers[label]} for text, label in part])
+        for split, part in rows.items()
+    }
 
 
 def _load_clustering(entry: LocalTask) -> dict[str, Dataset]:
@@ -227,7 +228,7 @@ def _load_clustering(entry: LocalTask) -> dict[str, Dataset]:
                 raise ValueError(f'{name}: "{names[0]}" and "{names[1]}" are not lists of the same length')
             rows.append({"sentences": texts, "labels": [str(label) for label in labels]})
         else:
-            rows.append({"sentences": text_of(row, names[0], name), "labels": str(_label(row, names[1], name))})
+            rows.append({"sentences": text_of(row, names[0], name), "labels": _label(row, names[1], name)})
     return {entry.split: Dataset.from_list(rows)}
 
 
@@ -287,7 +288,8 @@ def _columns(entry: LocalTask, *alternatives: tuple[str, ...]) -> tuple[str, ...
         return next((names for names in alternatives if set(names) <= set(row)), alternatives[-1])
 
 
-def _label(row: dict, column: str, name: str) -> str | int:
-    if isinstance(row[column], bool) or not isinstance(row[column], (str, int)):
-        raise ValueError(f'{name}: "{column}" is {row[column]!r}; it must be a string or a whole number')
-    return row[column]
+def _label(row: dict, column: str, name: str) -> str:
+    label = row[column]
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
+        raise ValueError(f'{name}: "{column}" is {label!r}; it must be a word or a whole number')
+    return str(label)

@@ -1,0 +1,92 @@
+"""Runs tasks on a model through mteb, each kept as soon as it is done."""
+
+import logging
+from collections.abc import Sequence
+
+import mteb
+from mteb import ResultCache, TaskResult
+from mteb.abstasks import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from tqdm import tqdm
+
+from nvembed.eval.models import TaskEncoder
+from nvembed.eval.select_tasks import with_parts
+
+
+logger = logging.getLogger(__name__)
+
+LOADER_BATCH = 256  # texts that mteb hands over at a time; the model makes its own batches of them
+
+
+class TasksNotLoadedError(ValueError):
+    """Data of some tasks could not be had; all others were measured."""
+
+
+def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache | None = None) -> dict[str, TaskResult]:
+    """mteb's results by task. What the cache holds is not computed again.
+
+    Args:
+        cache: keeps each result when it is done; None: none is kept.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached for a task's data; what was tried, and how to do without, is said.
+        TasksNotLoadedError: data of a task is wrong or was not found; the others were measured and kept.
+    """
+    failures = {}
+    results: dict[str, TaskResult] = {}
+    # Parts come before what aggregates them, which then finds them in the cache.
+    plan = list(dict.fromkeys(reversed(list(with_parts(reversed(tasks))))))
+    with tqdm(plan, desc="Tasks", unit="task", disable=cache is None) as progress:
+        for task in progress:
+            name = task.metadata.name
+            progress.set_postfix_str(name)
+            if isinstance(task, AbsTaskAggregate):
+                if any(part.metadata.name in failures for part in task.metadata.tasks):
+                    continue
+            elif not is_measured(task, encoder, cache):
+                try:
+                    load(task)
+                except ConnectionError:
+                    raise
+                except Exception as error:
+                    logger.error("%s is left out: %s", name, error)
+                    failures[name] = error
+                    continue
+            (results[name],) = mteb.evaluate(
+                encoder,
+                task,
+                cache=cache,
+                co2_tracker=False,
+                encode_kwargs={"batch_size": LOADER_BATCH, "show_progress_bar": False},
+                show_progress_bar=False,
+            ).task_results
+            if cache is not None:
+                task.unload_data()  # the next one may be large
+    if failures:
+        reasons = "".join(f"\n  {name}: {error}" for name, error in failures.items())
+        raise TasksNotLoadedError(f"{len(failures)} tasks were not measured, so there is no average:{reasons}")
+    return {task.metadata.name: results[task.metadata.name] for task in tasks}
+
+
+def is_measured(task: AbsTask, encoder: TaskEncoder, cache: ResultCache | None) -> bool:
+    """Whether the cache has all splits and subsets of the task."""
+    result = cache and cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    return result is not None and not result.get_missing_evaluations(task)
+
+
+def load(task: AbsTask) -> None:
+    """Loads the task's data where it is not in memory.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached.
+    """
+    try:
+        task.load_data()
+    except ConnectionError as error:
+        path, revision = task.metadata.dataset["path"], task.metadata.revision
+        raise ConnectionError(
+            f"{task.metadata.name} needs the data set {path!r} at revision {revision}, which is neither in the cache "
+            f"nor to be had from the Hub ({error}). Without a connection: copy the data set to the folder ./{path}, "
+            "which is taken instead, or fill the cache on another machine and set HF_HOME to it, or measure your own "
+            "data with a tasks file (see eval/local_tasks.py). What is done is kept; run again to go on."
+        ) from error

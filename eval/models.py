@@ -1,0 +1,177 @@
+"""Models as mteb sees them: checkpoints of ours with a task's instruction, any sentence-transformers model as it is."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from nvembed.eval.instructions import TaskInstruction
+from nvembed.eval.processes import Embed
+from nvembed.modeling_nvembed import NVEmbedModel, format_instruction
+
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 512  # tokens of a text with its instruction (paper section 5.1)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to embed.
+
+    Args:
+        name: of results; the last two parts of a folder's path, or the Hub name.
+        revision: the Hub's commit, or a digest of a folder's files.
+        embed: (texts, prefix) -> fp32 `[texts, width]`; the prefix is an instruction as the model reads it.
+        prompts: the model's own prompts by name, which outrank the tasks' instructions; None: it has none.
+    """
+
+    name: str
+    revision: str
+    embed: Embed
+    prompts: dict[str, str] | None = None
+
+
+def load_model(
+    model: str,
+    revision: str | None = None,
+    max_length: int = MAX_LENGTH,
+    batch_tokens: int | None = None,
+    dtype: str = "auto",
+    instruct: bool = False,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = False,
+) -> LoadedModel:
+    """Loads a checkpoint of ours or a released one with our code, anything else by sentence-transformers.
+
+    Args:
+        model: a local folder or a Hub name.
+        max_length: tokens of a text with its instruction; a sentence-transformers model keeps its own limit if lower.
+        batch_tokens: tokens of a batch, see `NVEmbedModel.encode`.
+        instruct: give a sentence-transformers model the tasks' instructions, as those that were trained so expect.
+
+    Raises:
+        ValueError: no model is there, or it cannot be loaded.
+    """
+    config, commit = find_config(model, revision)
+    name = "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
+    commit = commit or fingerprint(Path(model))
+    device = PartialState().device
+    if config.get("model_type") == "nvembed":
+        ours = NVEmbedModel.from_pretrained(model, revision=revision, dtype=dtype).to(device)
+        return LoadedModel(
+            name, commit, embed_with(ours, max_length, batch_tokens, show_progress_bar=show_progress_bar)
+        )
+
+    from sentence_transformers import SentenceTransformer
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "model_kwargs": {"dtype": dtype}}
+    theirs = SentenceTransformer(model, device=str(device), **options)
+    theirs.max_seq_length = min(theirs.max_seq_length or max_length, max_length)
+
+    def embed(texts: list[str], prefix: str) -> np.ndarray:
+        return theirs.encode(texts, prompt=prefix, convert_to_numpy=True, show_progress_bar=show_progress_bar)
+
+    prompts = None if instruct else theirs.prompts | {"default": theirs.prompts.get(theirs.default_prompt_name, "")}
+    return LoadedModel(name, commit, embed, prompts)
+
+
+def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = None, **options) -> Embed:
+    """`encode` of a model of ours as an `Embed`."""
+
+    def embed(texts: list[str], prefix: str) -> np.ndarray:
+        return model.encode(texts, prefix, max_length, batch_tokens, convert_to_numpy=True, **options)
+
+    return embed
+
+
+def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
+    """The model's config, empty where a sentence-transformers model has none, and the Hub's commit.
+
+    Raises:
+        ValueError: neither a folder nor a Hub model is there.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        for file in ("config.json", "modules.json"):
+            found = cached_file(model, file, revision=revision, **quiet)
+            if found is not None:
+                config = json.loads(Path(found).read_text()) if file == "config.json" else {}
+                return config, extract_commit_hash(found, None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {model!r} is neither a local folder nor a Hub model that can be reached: {error}"
+        ) from error
+    raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules."""
+    folders = [folder]
+    if (folder / "modules.json").is_file():
+        modules = json.loads((folder / "modules.json").read_text())
+        folders += [folder / module["path"] for module in modules if module["path"]]
+    digest = hashlib.sha256()
+    for path in sorted(path for place in folders for path in place.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+class TaskEncoder(AbsEncoder):
+    """What mteb calls: collects a task's texts, looks up their instruction and embeds them.
+
+    Args:
+        instructions: by name of the task.
+    """
+
+    def __init__(self, model: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]):
+        self.prompts, self.embed, self.instructions = model.prompts, embed, instructions
+        overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": ScoringFunction.COSINE}
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites)
+
+    def encode(
+        self,
+        inputs,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **options,
+    ) -> np.ndarray:
+        """Embeddings `[texts, width]` of what a `DataLoader` of mteb's yields.
+
+        Raises:
+            ValueError: an embedding is not finite, as those of a model whose training diverged.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        unique = {text: position for position, text in enumerate(dict.fromkeys(map(readable, texts)))}
+        embeddings = self.embed(list(unique), self.prefix(task_metadata, prompt_type))
+        if not np.isfinite(embeddings).all():
+            raise ValueError("the model's embeddings hold NaN or infinity; if it was trained, lower the learning_rate")
+        return embeddings[[unique[readable(text)] for text in texts]]
+
+    def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """The instruction of one side of a task as the model reads it."""
+        if self.prompts is not None:
+            return self.prompts.get(get_prompt_name(self.prompts, task_metadata, prompt_type) or "default", "")
+        instruction = self.instructions[task_metadata.name]
+        return format_instruction(instruction.document if prompt_type is PromptType.document else instruction.query)
+
+
+def readable(text: str) -> str:
+    """A text of a public data set as `encode` takes it: without NUL, without halves of surrogate pairs."""
+    return text.replace("\0", " ").encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,84 @@
+"""Texts split over the processes of `accelerate launch`: the main one measures, the others only embed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch.distributed as dist
+
+
+Embed = Callable[[list[str], str], np.ndarray]  # (texts, prefix) -> fp32 [texts, width]
+
+PATIENCE = timedelta(days=1)  # the others wait while the main process loads data or scores
+
+
+@contextmanager
+def split_over_processes(embed: Embed) -> Iterator[Embed | None]:
+    """Gives the main process an `embed` that shares its texts out, and each other process None, once all is done.
+
+    The others serve inside the `with` line: only the main process runs its body with work to do, so tasks, caches and
+    files are its alone. With one process `embed` itself is given.
+
+    Raises:
+        RuntimeError: on the main process, when another one failed; on the others, when the main one did.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield embed
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # texts and embeddings are host data on every backend
+    if dist.get_rank() != 0:
+        _serve(embed, group)
+        yield None
+        return
+    try:
+        yield lambda texts, prefix: _share_out(embed, texts, prefix, group)
+    except BaseException:
+        _scatter([_Stop(failed=True)] * dist.get_world_size(), group)
+        raise
+    _scatter([_Stop(failed=False)] * dist.get_world_size(), group)
+
+
+class _Stop:
+    def __init__(self, failed: bool):
+        self.failed = failed
+
+
+def _scatter(messages: list | None, group):
+    received = [None]
+    dist.scatter_object_list(received, messages, src=0, group=group)
+    return received[0]
+
+
+def _share_out(embed: Embed, texts: list[str], prefix: str, group) -> np.ndarray:
+    """Long and short texts dealt like cards, so that every process has as much to do."""
+    processes = dist.get_world_size()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    shares = [order[rank::processes] for rank in range(processes)]
+    _scatter([([texts[i] for i in share], prefix) for share in shares], group)
+    parts: list = [None] * processes
+    dist.gather_object(_attempt(embed, [texts[i] for i in shares[0]], prefix), parts, group=group)
+    for rank, part in enumerate(parts):
+        if isinstance(part, BaseException):
+            raise RuntimeError(f"process {rank} of {processes} failed: {part!r}") from part
+    width = next(part.shape[1] for part in parts if part is not None)
+    embeddings = np.empty((len(texts), width), dtype=np.float32)
+    for share, part in zip(shares, parts):
+        if share:
+            embeddings[share] = part
+    return embeddings
+
+
+def _serve(embed: Embed, group) -> None:
+    while not isinstance(message := _scatter(None, group), _Stop):
+        dist.gather_object(_attempt(embed, *message), group=group)
+    if message.failed:
+        raise SystemExit(1)  # the main process tells why
+
+
+def _attempt(embed: Embed, texts: list[str], prefix: str) -> np.ndarray | Exception | None:
+    """An error is sent, not raised: the others would wait for an answer for ever."""
+    try:
+        return embed(texts, prefix) if texts else None
+    except Exception as error:
+        return error

@@ -1,0 +1,107 @@
+"""What `--tasks` names: benchmarks and tasks of mteb, YAML files of local tasks; and their instructions."""
+
+import difflib
+import logging
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+import mteb
+from mteb.abstasks import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+from nvembed.eval.instructions import TaskInstruction, find_instruction
+from nvembed.eval.local_tasks import read_tasks
+
+
+logger = logging.getLogger(__name__)
+
+PAPER_BENCHMARK = "MTEB(eng, v1)"  # the paper's 56 tasks
+
+
+def select_tasks(names: Iterable[str]) -> list[AbsTask]:
+    """The tasks that the names stand for, in their order, none twice.
+
+    A name that the paper's benchmark has is taken from it, with its language and split.
+
+    Args:
+        names: of benchmarks or tasks of mteb, or paths of YAML files (see `nvembed.eval.local_tasks`).
+
+    Raises:
+        ValueError: a name is unknown (the nearest are given), two different tasks have one name, a file is wrong.
+    """
+    tasks: dict[str, AbsTask] = {}
+    for name in names:
+        is_file = name.endswith((".yaml", ".yml"))
+        for task in read_tasks(name) if is_file else _mteb_tasks(name):
+            earlier = tasks.setdefault(task.metadata.name, task)
+            if earlier.metadata.dataset != task.metadata.dataset:
+                raise ValueError(f"two tasks are called {task.metadata.name!r}; give the local one another `name:`")
+    if not tasks:
+        raise ValueError(f"no tasks: name a benchmark such as {PAPER_BENCHMARK!r}, tasks, or a YAML file of local ones")
+    return list(tasks.values())
+
+
+def _mteb_tasks(name: str) -> list[AbsTask]:
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    if name in benchmarks:
+        return list(benchmarks[name].tasks)
+    for task in benchmarks[PAPER_BENCHMARK].tasks:
+        if task.metadata.name == name:
+            return [task]
+    try:
+        return [mteb.get_task(name)]
+    except KeyError:
+        near = _nearest(name, [*benchmarks, *_task_names()])
+        raise ValueError(
+            f"--tasks {name!r} is neither a benchmark nor a task of mteb {mteb.__version__}, nor a .yaml file; "
+            + (f"near are {', '.join(map(repr, near))}" if near else "nothing has a name like it")
+        ) from None
+
+
+def _nearest(name: str, known: list[str], count: int = 5) -> list[str]:
+    """Names that hold the name, shortest first, then names of like letters; upper and lower case are the same."""
+    holding = sorted((other for other in known if name.lower() in other.lower()), key=len)
+    by_lower = {other.lower(): other for other in known}
+    alike = [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower, count, cutoff=0.5)]
+    return list(dict.fromkeys([*holding, *alike]))[:count]
+
+
+@cache
+def _task_names() -> list[str]:
+    return [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_aggregate=False)]
+
+
+def instructions_for(tasks: Iterable[AbsTask]) -> dict[str, TaskInstruction]:
+    """One instruction per task, parts of aggregated tasks included.
+
+    A local task has its file's, a task of the paper the paper's. Any other has mteb's default, with a warning.
+    """
+    return {task.metadata.name: _instruction(task) for task in with_parts(tasks)}
+
+
+def with_parts(tasks: Iterable[AbsTask]) -> Iterator[AbsTask]:
+    """The tasks and, after each aggregated one, what it aggregates, such as CQADupstack's twelve forums."""
+    for task in tasks:
+        yield task
+        if isinstance(task, AbsTaskAggregate):
+            yield from with_parts(task.metadata.tasks)
+
+
+def _instruction(task: AbsTask) -> TaskInstruction:
+    is_asymmetric = task.metadata.type in ("Retrieval", "Reranking")
+    given = getattr(task, "instruction", None)
+    if given is not None:
+        # Reranking is symmetric in the paper's list: its queries and documents are questions or titles alike.
+        return TaskInstruction(given, "" if task.metadata.type == "Retrieval" else given)
+    is_local = hasattr(task, "instruction")
+    found = None if is_local else find_instruction(task.metadata.name, task.metadata.type)
+    if found is not None:
+        return found
+    prompt = task.metadata.prompt or getattr(task, "abstask_prompt", "")
+    if isinstance(prompt, dict):
+        default = TaskInstruction(prompt.get("query", ""), prompt.get("document", ""))
+    else:
+        default = TaskInstruction(prompt, "" if is_asymmetric else prompt)
+    if not isinstance(task, AbsTaskAggregate):  # which embeds nothing itself
+        logger.warning("%s has no instruction; mteb's default is used: %r", task.metadata.name, default.query)
+    return default
