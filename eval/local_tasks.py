@@ -12,7 +12,7 @@ tasks:
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,14 +56,21 @@ class LocalTask:
 FIELDS = [field.name for field in fields(LocalTask)]
 
 
-def read_tasks(file: str) -> list[AbsTask]:
+def read_tasks(file: str, names: Sequence[str] | None = None) -> list[AbsTask]:
     """The tasks of a YAML file, with their data.
 
+    Args:
+        names: of the tasks to read; None: all.
+
     Raises:
-        ValueError: the file cannot be read, an entry has an unknown or missing field, its data is missing, lacks a
-            column or has a value that cannot be measured; the file and row are named.
+        ValueError: the file cannot be read or has no task of a name, an entry has an unknown or missing field, its
+            data is missing, lacks a column or has a value that cannot be measured; the file and row are named.
     """
-    return [make_task(entry) for entry in read_entries(file)]
+    entries = {entry.name: entry for entry in read_entries(file)}
+    for name in names or ():
+        if name not in entries:
+            raise ValueError(f"{file} has no task {name!r}; its tasks are {', '.join(entries)}")
+    return [make_task(entry) for name, entry in entries.items() if names is None or name in names]
 
 
 def read_entries(file: str) -> list[LocalTask]:
@@ -149,8 +156,8 @@ def fingerprint(data) -> str:
 
 
 def _load_retrieval(entry: LocalTask) -> dict[str, RetrievalSplitData]:
-    task = read_beir(str(entry.path), entry.split)
-    return {entry.split: _retrieval_split(task.corpus, task.queries, task.qrels)}
+    data = read_beir(str(entry.path), entry.split)
+    return {entry.split: _retrieval_split(data.corpus, data.queries, data.qrels)}
 
 
 def _retrieval_split(corpus, queries, qrels, top_ranked=None) -> RetrievalSplitData:
@@ -185,24 +192,24 @@ def _load_reranking(entry: LocalTask) -> dict[str, RetrievalSplitData]:
 
 
 def _load_ranked_beir(entry: LocalTask) -> dict[str, RetrievalSplitData]:
-    task = read_beir(str(entry.path), entry.split)
+    data = read_beir(str(entry.path), entry.split)
     file = entry.path / "top_ranked" / f"{entry.split}.jsonl"
     if not file.is_file():
         raise ValueError(f"{file} is missing: rows of query-id and corpus-ids, the documents to rerank")
     ranked: dict[str, list[str]] = {}
     for number, row in read_jsonl(file, ("query-id", "corpus-ids")):
         for document_id in row["corpus-ids"]:
-            if document_id not in task.corpus:
+            if document_id not in data.corpus:
                 raise ValueError(f"{file}:{number}: document {document_id!r} does not exist in corpus.jsonl")
         ranked[str(row["query-id"])] = row["corpus-ids"]
-    for query_id in task.queries:
+    for query_id in data.queries:
         if query_id not in ranked:
             raise ValueError(f"{file}: query {query_id!r} of the qrels has no documents to rerank")
-    return {entry.split: _retrieval_split(task.corpus, task.queries, task.qrels, ranked)}
+    return {entry.split: _retrieval_split(data.corpus, data.queries, data.qrels, ranked)}
 
 
 def _load_classification(entry: LocalTask) -> dict[str, Dataset]:
-    """Labels become whole numbers in the order of their names, as in MTEB; its precision of two classes needs 0 and 1."""
+    """Labels become whole numbers in the order of their names: mteb's precision of two classes needs 0 and 1."""
     columns = ("text", "label")
     rows = {
         split: [(text_of(row, "text", name), _label(row, "label", name)) for name, row in _rows(entry, split, columns)]

@@ -1,9 +1,11 @@
 """Runs tasks on a model through mteb, each kept as soon as it is done."""
 
 import logging
+import random
 from collections.abc import Sequence
 
 import mteb
+import numpy as np
 from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -52,6 +54,8 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
                     logger.error("%s is left out: %s", name, error)
                     failures[name] = error
                     continue
+            # A second evaluation in this process samples as the first one did.
+            task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
             (results[name],) = mteb.evaluate(
                 encoder,
                 task,

@@ -30,13 +30,14 @@ def split_over_processes(embed: Embed) -> Iterator[Embed | None]:
     if dist.get_rank() != 0:
         _serve(embed, group)
         yield None
-        return
-    try:
-        yield lambda texts, prefix: _share_out(embed, texts, prefix, group)
-    except BaseException:
-        _scatter([_Stop(failed=True)] * dist.get_world_size(), group)
-        raise
-    _scatter([_Stop(failed=False)] * dist.get_world_size(), group)
+    else:
+        failed = True
+        try:
+            yield lambda texts, prefix: _share_out(embed, texts, prefix, group)
+            failed = False
+        finally:
+            _scatter([_Stop(failed)] * dist.get_world_size(), group)
+    dist.destroy_process_group(group)
 
 
 class _Stop:

@@ -1,27 +1,17 @@
-"""Retrieval: BEIR folders and Hub datasets, exact search, nDCG@10."""
+"""Retrieval data: BEIR folders and Hub datasets."""
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytrec_eval
-import torch
-from torch import Tensor
-
 from nvembed.eval.tables import read_jsonl
-from nvembed.modeling_nvembed import format_instruction
-
-
-Encode = Callable[..., Tensor]  # encode(texts, instruction=..., **options) -> [texts, hidden], L2-normalized
 
 
 @dataclass
-class RetrievalTask:
+class RetrievalData:
     """Queries, corpus and relevance judgements of one split, keyed by their ids.
 
     Args:
-        instruction: the task definition that queries carry; documents carry none (paper section 3.1).
         qrels: query id -> document id -> grade; a grade > 0 is relevant.
     """
 
@@ -29,10 +19,9 @@ class RetrievalTask:
     queries: dict[str, str]
     corpus: dict[str, str]
     qrels: dict[str, dict[str, int]]
-    instruction: str = ""
 
 
-def read_beir(path: str, split: str = "test", instruction: str = "") -> RetrievalTask:
+def read_beir(path: str, split: str = "test") -> RetrievalData:
     """Reads a retrieval dataset: a folder in BEIR layout, else a Hub dataset in the layout of `mteb/*`.
 
     Queries without a judgement in `split` are left out.
@@ -49,7 +38,7 @@ def read_beir(path: str, split: str = "test", instruction: str = "") -> Retrieva
             if id_ not in known:
                 raise ValueError(f"{path}: split {split!r} of the qrels names {kind} {id_!r}, which does not exist")
     queries = {query_id: queries[query_id] for query_id in qrels}
-    return RetrievalTask(folder.name, queries, corpus, qrels, instruction)
+    return RetrievalData(folder.name, queries, corpus, qrels)
 
 
 def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
@@ -112,33 +101,3 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
 def document_text(row: dict) -> str:
     """Title and text as one string, as MTEB joins them."""
     return f"{row.get('title') or ''} {row['text']}".strip()
-
-
-def search(queries: Tensor, documents: Tensor, top_k: int = 10, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Exact search by dot product: scores and document positions, both `[queries, top_k]`, best first."""
-    parts = [(part @ documents.T).topk(min(top_k, len(documents))) for part in queries.split(chunk)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
-
-
-def ndcg_at_10(encode: Encode, task: RetrievalTask, **options) -> float:
-    """Mean nDCG@10 of a model on a task, by `pytrec_eval`, which MTEB uses.
-
-    Args:
-        encode: `NVEmbedModel.encode`, or a function like it.
-        options: further arguments of `encode`, such as `max_length`.
-
-    Raises:
-        ValueError: an embedding is not finite, as those of a model whose training diverged.
-    """
-    query_embeddings = encode(list(task.queries.values()), instruction=format_instruction(task.instruction), **options)
-    document_embeddings = encode(list(task.corpus.values()), **options)
-    if not (query_embeddings.isfinite().all() and document_embeddings.isfinite().all()):
-        raise ValueError("the model's embeddings hold NaN or infinity; if it was just trained, lower the learning_rate")
-    scores, positions = search(query_embeddings, document_embeddings)
-    document_ids = list(task.corpus)
-    run = {
-        query_id: {document_ids[p]: s for p, s in zip(row_positions, row_scores)}
-        for query_id, row_positions, row_scores in zip(task.queries, positions.tolist(), scores.tolist())
-    }
-    per_query = pytrec_eval.RelevanceEvaluator(task.qrels, {"ndcg_cut.10"}).evaluate(run)
-    return sum(result["ndcg_cut_10"] for result in per_query.values()) / len(task.queries)

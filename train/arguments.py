@@ -27,7 +27,7 @@ class ModelArguments(ModelConfig):
 
 @dataclass
 class DataArguments:
-    """The triplets to train on and the retrieval set to watch."""
+    """The triplets to train on and the held-out tasks to watch."""
 
     datasets: list[DatasetSource] = field(
         default_factory=list,
@@ -36,11 +36,13 @@ class DataArguments:
     instruction: str = field(default="", metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out retrieval set in BEIR layout, scored by nDCG@10 every eval_steps."}
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "YAML file of local tasks (eval/local_tasks.py), measured every eval_steps."},
     )
-    eval_split: str = field(default="test", metadata={"help": "Split of eval_dataset's qrels."})
-    eval_instruction: str = field(default="", metadata={"help": "Task definition of eval_dataset's queries."})
+    eval_names: list[str] | None = field(
+        default=None, metadata={"help": "The tasks of eval_tasks to measure; all if left out."}
+    )
 
     def __post_init__(self):
         if isinstance(self.datasets, (DatasetSource, dict, str)):

@@ -17,9 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.utils import logging as transformers_logging
 
-from nvembed.eval.clustering import v_measure
-from nvembed.eval.retrieval import ndcg_at_10, read_beir
-from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.eval.run_mteb import EvaluationArguments, run
 from nvembed.train.data.python_docs import write_datasets
 
 
@@ -34,8 +32,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 NUM_LAYERS = 4  # of 30: what ten minutes on two cores allow
 MAX_LENGTH = 64
-RETRIEVAL_INSTRUCTION = "Given a summary, retrieve the documentation"  # as in the recipes
-CLUSTERING_INSTRUCTION = "Identify the module of the documentation"
+TASKS = "train/recipes/quickstart-tasks.yaml"
 QUESTIONS = (
     "How do I send an e-mail through a server?",
     "How can I pick random items from a list?",
@@ -73,15 +70,9 @@ def fetch_base(folder: Path) -> str:
 
 def evaluate(checkpoint: Path) -> dict[str, float]:
     """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
-    model = NVEmbedModel.from_pretrained(checkpoint)
-    options = {"max_length": MAX_LENGTH, "show_progress_bar": True}
-    task = read_beir(str(RUN / "data" / "held_out"), "test", RETRIEVAL_INSTRUCTION)
-    rows = [json.loads(line) for line in (RUN / "data" / "modules" / "held_out.jsonl").read_text().splitlines()]
-    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
-    return {
-        "nDCG@10": 100 * ndcg_at_10(model.encode, task, **options),
-        "V-measure": 100 * v_measure(model.encode, texts, labels, CLUSTERING_INSTRUCTION, **options),
-    }
+    output_dir = RUN / "scores" / checkpoint.name
+    scores = run(EvaluationArguments(str(checkpoint), str(output_dir), [TASKS], max_length=MAX_LENGTH))["tasks"]
+    return {"nDCG@10": 100 * scores["held_out"], "V-measure": 100 * scores["modules"]}
 
 
 def launch(script: str, *arguments: str) -> None:

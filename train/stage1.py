@@ -6,7 +6,7 @@ accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml 
 from transformers import set_seed
 from trl import TrlParser
 
-from nvembed.eval.retrieval import read_beir
+from nvembed.eval.local_tasks import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, StageArguments
 from nvembed.train.checkpoints import check_output_dir
@@ -17,13 +17,13 @@ from nvembed.train.trainer import EmbeddingTrainer, add_adapter
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     check_output_dir(training_args.output_dir)
+    held_out = None
+    if data_args.eval_tasks is not None:
+        held_out = read_tasks(data_args.eval_tasks, data_args.eval_names)
     set_seed(training_args.seed)  # LoRA's first weights are drawn before the Trainer sets it
     model = NVEmbedModel.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
     )
-    held_out = None
-    if data_args.eval_dataset is not None:
-        held_out = read_beir(data_args.eval_dataset, data_args.eval_split, data_args.eval_instruction)
     triplets = load_triplets_once(
         training_args, data_args.datasets, data_args.num_negatives, training_args.seed, data_args.instruction
     )

@@ -1,13 +1,15 @@
-"""`transformers.Trainer` for triplets: contrastive loss, nDCG@10 as its evaluation, tokens/s in its log."""
+"""`transformers.Trainer` for triplets: contrastive loss, local tasks as its evaluation, tokens/s in its log."""
 
 import time
+from collections.abc import Sequence
 
 import torch
+from mteb.abstasks import AbsTask
 from peft import PeftModel, get_peft_model
 from transformers import Trainer
 from trl import get_peft_config
 
-from nvembed.eval.retrieval import RetrievalTask, ndcg_at_10
+from nvembed.eval.callback import LocalTasksCallback
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
@@ -43,16 +45,17 @@ def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
 
 
 class EmbeddingTrainer(Trainer):
-    """Trains on batches of `TripletCollator`; `eval_dataset` is a `RetrievalTask`.
+    """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.local_tasks`).
 
     Raises:
         ValueError: fewer triplets than one batch of all processes holds; an evaluation set that no `eval_steps` uses;
             a bf16 decoder without bf16 training.
     """
 
-    def __init__(self, *args, eval_dataset: RetrievalTask | None = None, eval_max_length: int = 512, **kwargs):
+    def __init__(self, *args, eval_dataset: Sequence[AbsTask] | None = None, eval_max_length: int = 512, **kwargs):
+        if eval_dataset is not None:  # first, so that other callbacks see its metrics
+            kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
-        self.eval_max_length = eval_max_length
         batch = self.args.per_device_train_batch_size * self.args.world_size
         if self.train_dataset is not None and len(self.train_dataset) < batch:
             raise ValueError(
@@ -60,7 +63,7 @@ class EmbeddingTrainer(Trainer):
                 f"processes); lower per_device_train_batch_size or add data"
             )
         if eval_dataset is not None and self.args.eval_strategy == "no":
-            raise ValueError("eval_dataset is set but eval_steps is not: set both or none")
+            raise ValueError("tasks to measure are given but no eval_steps: set eval_tasks and eval_steps, or none")
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
         if len(dtypes) > 1 and not (self.args.bf16 or self.args.fp16):
             raise ValueError(
@@ -84,18 +87,11 @@ class EmbeddingTrainer(Trainer):
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """nDCG@10 on the held-out retrieval set; every process computes the same number."""
+        """Main scores of the held-out tasks, which `LocalTasksCallback` measures; every process has them."""
         start = time.perf_counter()
-        model = self.accelerator.unwrap_model(self.model)
-
-        def encode(*args, **kwargs):
-            with self.accelerator.autocast():  # as in training: the pooling is fp32, the decoder may be bf16
-                return model.encode(*args, **kwargs)
-
-        score = ndcg_at_10(encode, eval_dataset or self.eval_dataset, max_length=self.eval_max_length)
-        metrics = {f"{metric_key_prefix}_ndcg_at_10": round(score, 5)}
-        self.log(metrics)
+        metrics: dict[str, float] = {}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.log(metrics)
         self._clock += time.perf_counter() - start  # tokens/s counts training alone
         return metrics
 

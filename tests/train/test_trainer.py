@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import set_seed
 
 from nvembed import NVEmbedModel
-from nvembed.eval.retrieval import RetrievalTask, ndcg_at_10
+from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.run_mteb import EvaluationArguments, run
 from nvembed.modeling_nvembed import format_instruction
 from nvembed.train.arguments import ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.collator import TripletCollator
@@ -33,10 +35,18 @@ def pairs_file(tmp_path, sentences):
 
 
 @pytest.fixture
-def task(sentences):
-    half = {str(i): s[: len(s) // 2] for i, s in enumerate(sentences)}
-    rest = {str(i): s[len(s) // 2 :] for i, s in enumerate(sentences)}
-    return RetrievalTask("halves", half, rest, {i: {i: 1} for i in half}, "Complete")
+def tasks_file(tmp_path, sentences):
+    """Each sentence's first half finds its second."""
+    folder = tmp_path / "halves"
+    (folder / "qrels").mkdir(parents=True)
+    halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in sentences]
+    for name, side in (("queries", 0), ("corpus", 1)):
+        rows = [json.dumps({"_id": str(i), "text": pair[side]}) for i, pair in enumerate(halves)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(len(halves))))
+    file = tmp_path / "tasks.yaml"
+    file.write_text("tasks: [{type: Retrieval, path: halves, instruction: Complete}]")
+    return file
 
 
 def make_trainer(
@@ -91,17 +101,31 @@ def test_merged_checkpoint_equals_the_adapter_model(tmp_path, checkpoint, pairs_
     assert merged.state_dict().keys() == NVEmbedModel.from_pretrained(checkpoint).state_dict().keys()
 
 
-def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, task):
-    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task, eval_steps=2)
+def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, tasks_file):
+    options = {"task": read_tasks(tasks_file), "eval_steps": 2}
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", **options)
     trainer.train()
     history = trainer.state.log_history
     training = [log for log in history if "loss" in log]
     assert len(training) == 2
     assert all(log["tokens_per_second"] > 0 and log["learning_rate"] > 0 for log in training)
-    (evaluation,) = [log for log in history if "eval_ndcg_at_10" in log]
+    (evaluation,) = [log for log in history if "eval_halves" in log]
     assert evaluation["step"] == 2
-    expected = ndcg_at_10(trainer.model.encode, task)
-    assert evaluation["eval_ndcg_at_10"] == pytest.approx(expected, abs=1e-4)
+    trainer.save_merged()
+    measured = run(EvaluationArguments(str(tmp_path / "out"), str(tmp_path / "scores"), [str(tasks_file)]))
+    assert evaluation["eval_halves"] == evaluation["eval_average"] == measured["tasks"]["halves"]
+    assert 0.3 < measured["average"] < 1
+
+
+def test_evaluation_leaves_the_training_as_it_is(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
+    """mteb seeds every generator; LoRA's dropout would follow it."""
+    embeddings = []
+    for options in ({}, {"task": read_tasks(tasks_file), "eval_steps": 1}):
+        set_seed(0)
+        trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=3, **options)
+        trainer.train()
+        embeddings.append(trainer.model.encode(sentences))
+    assert torch.equal(*embeddings)
 
 
 def test_accumulated_batches_equal_one(tmp_path, checkpoint, pairs_file, sentences):
@@ -116,9 +140,9 @@ def test_accumulated_batches_equal_one(tmp_path, checkpoint, pairs_file, sentenc
     torch.testing.assert_close(*embeddings, atol=1e-4, rtol=0)
 
 
-def test_settings_that_cannot_work_are_errors_before_training(tmp_path, checkpoint, pairs_file, task):
-    with pytest.raises(ValueError, match="eval_dataset is set but eval_steps is not"):
-        make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task)
+def test_settings_that_cannot_work_are_errors_before_training(tmp_path, checkpoint, pairs_file, tasks_file):
+    with pytest.raises(ValueError, match="tasks to measure are given but no eval_steps"):
+        make_trainer(checkpoint, pairs_file, tmp_path / "out", task=read_tasks(tasks_file))
     with pytest.raises(ValueError, match="mixed precision is off: set bf16: true"):
         make_trainer(checkpoint, pairs_file, tmp_path / "out", dtype=torch.bfloat16)
 
@@ -194,10 +218,12 @@ def test_too_few_triplets_are_an_error_before_training(tmp_path, checkpoint, pai
         make_trainer(checkpoint, pairs_file, tmp_path / "out", per_device_train_batch_size=9)
 
 
-def test_paper_recipes_options_work_together(tmp_path, checkpoint, pairs_file, task, sentences):
+def test_paper_recipes_options_work_together(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
     """bf16 base and autocast, gradient checkpointing, an evaluation on the way: merged back to bf16."""
     options = {"bf16": True, "gradient_checkpointing": True, "eval_steps": 1}
-    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", task=task, dtype=torch.bfloat16, **options)
+    trainer = make_trainer(
+        checkpoint, pairs_file, tmp_path / "out", task=read_tasks(tasks_file), dtype=torch.bfloat16, **options
+    )
     pooling = trainer.model.latent_attention_model
     assert {parameter.dtype for parameter in pooling.parameters()} == {torch.float32}
     trainer.train()
