@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mteb
 import numpy as np
+from huggingface_hub import constants
 from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -65,6 +66,9 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
                 show_progress_bar=False,
             ).task_results
             if cache is not None:
+                results[name] = cache.load_task_result(
+                    name, encoder.mteb_model_meta
+                )  # rounded, as a resumed run has it
                 task.unload_data()  # the next one may be large
     if failures:
         reasons = "".join(f"\n  {name}: {error}" for name, error in failures.items())
@@ -87,10 +91,17 @@ def load(task: AbsTask) -> None:
     try:
         task.load_data()
     except ConnectionError as error:
-        path, revision = task.metadata.dataset["path"], task.metadata.revision
-        raise ConnectionError(
-            f"{task.metadata.name} needs the data set {path!r} at revision {revision}, which is neither in the cache "
-            f"nor to be had from the Hub ({error}). Without a connection: copy the data set to the folder ./{path}, "
-            "which is taken instead, or fill the cache on another machine and set HF_HOME to it, or measure your own "
-            "data with a tasks file (see eval/local_tasks.py). What is done is kept; run again to go on."
+        path = task.metadata.dataset["path"]
+        raise unreachable(
+            f"{task.metadata.name} (data set {path!r}, revision {task.metadata.revision})", error
         ) from error
+
+
+def unreachable(what: str, error: Exception | str) -> ConnectionError:
+    """An error that says what was tried, and how to do without the Hub."""
+    return ConnectionError(
+        f"{what}: the data is neither in the cache nor to be had from {constants.ENDPOINT} ({error}). Without a "
+        "connection: copy the data set's repository to a folder of its name below the working directory, such as "
+        "./mteb/scifact, which is taken first; or fill the cache on another machine and set HF_HOME to it; or measure "
+        "data of your own (eval/local_tasks.py). What is done is kept: run again to go on."
+    )

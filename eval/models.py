@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from huggingface_hub import constants
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -111,9 +112,11 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
                 return config, extract_commit_hash(found, None)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model!r} is neither a local folder nor a Hub model that can be reached: {error}"
+            f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives: {error}"
         ) from error
-    raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
+    if Path(model).is_dir():
+        raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
+    raise ValueError(f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives")
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,9 +1,13 @@
 """Tiny fixtures, made on the spot: a decoder of 3 layers, a tokenizer of 400 pieces, a checkpoint from both."""
 
+# ruff: noqa: E402
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for the Hub; libraries read this when they are imported
 
 import pytest
 import torch
@@ -15,7 +19,6 @@ from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.init_checkpoint import InitArguments, init_model
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # there is no Hub here, and a test must not wait for one
 ROOT = Path(__file__).parents[1]
 SENTENCES = [
     "Return a list of all files below a folder.",

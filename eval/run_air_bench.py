@@ -1,0 +1,158 @@
+"""Measures a model on AIR-Bench 24.05, English, QA and Long-Doc: the paper's check out of domain.
+
+python eval/run_air_bench.py --model DIR_OR_REPO --output_dir OUT
+
+Dev splits are scored here. The judgements of the test splits are private: their search results are zipped in the
+leaderboard's layout, to be handed in at https://huggingface.co/spaces/AIR-Bench/leaderboard.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from nvembed.eval.instructions import paper_instructions
+from nvembed.eval.measure import unreachable
+from nvembed.eval.models import MAX_LENGTH, LoadedModel, load_model
+from nvembed.eval.processes import Embed, split_over_processes
+from nvembed.eval.results import claim_folder
+from nvembed.eval.search import embed_to_file, exact_search
+from nvembed.modeling_nvembed import format_instruction
+
+
+try:
+    from air_benchmark import AIRBench, Retriever
+except ImportError as error:
+    advice = "pip install --no-deps air-benchmark==0.1.0 rich (one of its dependencies does not build everywhere)"
+    raise ImportError(f"AIR-Bench's package is not whole: {error}; {advice}") from error
+
+
+logger = logging.getLogger("run_air_bench")
+
+VERSION = "AIR-Bench_24.05"
+
+
+@dataclass
+class AirBenchArguments:
+    model: str = field(metadata={"help": "Checkpoint folder or Hub name; any sentence-transformers model, too."})
+    output_dir: str = field(metadata={"help": "Folder for the results of this model; run again to resume."})
+    task_types: list[str] = field(default_factory=lambda: ["qa", "long-doc"], metadata={"help": "qa, long-doc."})
+    domains: list[str] | None = field(default=None, metadata={"help": "wiki, web, law, ...; all if left out."})
+    splits: list[str] = field(default_factory=lambda: ["dev", "test"], metadata={"help": "dev, test."})
+    instruction: str = field(
+        default=paper_instructions()["NQ"].query, metadata={"help": "Task definition of queries; documents have none."}
+    )
+    top_k: int = field(default=1000, metadata={"help": "Documents per query in the search results."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens of a text with its instruction."})
+    batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a batch; found by device if left out."})
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16."})
+
+
+class DenseRetriever(Retriever):
+    """What AIR-Bench calls for each data set; a corpus' embeddings lie in a file of `folder` while it is searched."""
+
+    def __init__(self, model: LoadedModel, embed: Embed, instruction: str, folder: Path, top_k: int = 1000):
+        super().__init__(top_k)
+        self.name, self.embed, self.folder = model.name.replace("/", "__"), embed, folder
+        own = model.prompts
+        self.query_prefix = format_instruction(instruction) if own is None else own.get("query", own["default"])
+        self.document_prefix = "" if own is None else own.get("document", own["default"])
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, corpus: dict[str, dict], queries: dict[str, str], **kwargs) -> dict[str, dict[str, float]]:
+        """Query id -> document id -> dot product, of the `search_top_k` best documents."""
+        document_ids, texts = list(corpus), [document["text"] for document in corpus.values()]
+        digest = hashlib.sha256(json.dumps([document_ids, texts]).encode()).hexdigest()[:16]
+        path = self.folder / f"{digest}.npy"
+        documents = embed_to_file(self.embed, texts, self.document_prefix, path)
+        query_embeddings = self.embed(list(queries.values()), self.query_prefix)
+        scores, positions = exact_search(query_embeddings, documents, self.search_top_k)
+        del documents
+        path.unlink()
+        return {
+            query_id: {document_ids[p]: s for p, s in zip(row_positions, row_scores)}
+            for query_id, row_positions, row_scores in zip(queries, positions.tolist(), scores.tolist())
+        }
+
+
+def run(args: AirBenchArguments) -> Path | None:
+    """Writes search results, `dev_scores.json` and `.md`, and the zip file; returns the folder on the main process.
+
+    Raises:
+        ValueError: as `load_model` and `claim_folder`, or a task type, domain or split that AIR-Bench does not have.
+        ConnectionError: the Hub cannot be reached for a data set.
+    """
+    languages = {"languages": ["en"], "splits": args.splits}
+    benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **languages)
+    model = load_model(args.model, args.revision, args.max_length, args.batch_tokens, args.dtype)
+    with split_over_processes(model.embed) as embed:
+        if embed is None:
+            return None
+        settings = {"model": model.name, "revision": model.revision, "instruction": args.instruction}
+        settings |= {"max_length": args.max_length, "dtype": args.dtype, "top_k": args.top_k}
+        folder = claim_folder(args.output_dir, settings, {})
+        search_results = folder / "search_results"
+        remove_half_written(search_results)
+        retriever = DenseRetriever(model, embed, args.instruction, folder / "embeddings", args.top_k)
+        try:
+            benchmark.run(retriever, output_dir=str(search_results))
+            if "dev" in args.splits:
+                score_dev(search_results, folder)
+        except ConnectionError as error:
+            raise unreachable("AIR-Bench", str(error)) from error
+        if "test" in args.splits:
+            zip_test(search_results / str(retriever) / "NoReranker", folder / f"{retriever}_NoReranker.zip")
+        return folder
+
+
+def score_dev(search_results: Path, folder: Path) -> None:
+    """AIR-Bench's own measures of the dev splits, as JSON and as Markdown."""
+    for method, suffix in (("json", "json"), ("markdown", "md")):
+        path = folder / f"dev_scores.{suffix}"
+        AIRBench.evaluate_dev(VERSION, str(search_results), output_method=method, output_path=str(path))
+    print(path.read_text())
+
+
+def zip_test(results: Path, target: Path) -> None:
+    """Search results of the test splits as the leaderboard takes them: `<task type>/<domain>/en_..._test.json`."""
+    partial = target.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(results.rglob("*_test.json")):
+            archive.write(file, file.relative_to(results))
+    partial.replace(target)
+
+
+def remove_half_written(search_results: Path) -> None:
+    """AIR-Bench takes every file that exists for finished; one that a kill cut off is searched again."""
+    for file in search_results.rglob("*.json"):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.warning("%s was cut off when it was written; it is searched again", file)
+            file.unlink()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    transformers.logging.set_verbosity_error()
+    (args,) = HfArgumentParser(AirBenchArguments).parse_args_into_dataclasses()
+    try:
+        folder = run(args)
+    except (ValueError, ConnectionError) as error:
+        sys.exit(f"run_air_bench: {error}")
+    if PartialState().is_main_process:
+        print(f"search results and scores are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Small data sets of every type of task in one folder, and vectors for their texts."""
+
+import json
+import random
+import zlib
+
+import numpy as np
+import pytest
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def vector(text: str, width: int = 8) -> np.ndarray:
+    """A fixed random vector per text, drawn towards its first letter's, so that scores are neither 0 nor 1."""
+    centre, own = (np.random.default_rng(zlib.crc32(t.encode())).normal(size=width) for t in (text[:1], text))
+    return (0.7 * centre + own).astype(np.float32)
+
+
+@pytest.fixture
+def embed():
+    """An `Embed` that looks texts up; `embed.calls` are its (texts, prefix)."""
+
+    def look_up(texts, prefix):
+        look_up.calls.append((list(texts), prefix))
+        return np.stack([vector(text) for text in texts])
+
+    look_up.calls = []
+    return look_up
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Folders `retrieval`, `reranking`, `classification`, `clustering`, `sets`, `sts`, `pairs`, and `tasks.yaml`."""
+    rng = random.Random(0)
+    letters = "abc"
+    texts = [f"{rng.choice(letters)} text {i}" for i in range(90)]
+    labelled = [{"text": text, "label": f"class {text[0]}"} for text in texts]
+    root = tmp_path / "data"
+    write_rows(root / "classification" / "train.jsonl", labelled[:60])
+    write_rows(root / "classification" / "test.jsonl", labelled[60:])
+    write_rows(root / "clustering" / "test.jsonl", labelled)
+    halves = [labelled[:50], labelled[50:]]
+    sets = [{"sentences": [r["text"] for r in half], "labels": [r["label"] for r in half]} for half in halves]
+    write_rows(root / "sets" / "test.jsonl", sets)
+    pairs = [{"sentence1": texts[i], "sentence2": texts[-1 - i]} for i in range(45)]
+    same = [int(pair["sentence1"][0] == pair["sentence2"][0]) for pair in pairs]
+    write_rows(root / "sts" / "test.jsonl", [{**p, "score": 4 * s + rng.random()} for p, s in zip(pairs, same)])
+    write_rows(root / "pairs" / "test.jsonl", [{**p, "label": s} for p, s in zip(pairs, same)])
+    write_rows(root / "retrieval" / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    queries = [f"{letters[i % 3]} query {i}" for i in range(12)]
+    write_rows(root / "retrieval" / "queries.jsonl", [{"_id": f"q{i}", "text": q} for i, q in enumerate(queries)])
+    (root / "retrieval" / "qrels").mkdir()
+    judgements = [(f"q{i}", f"d{d}", 1 + d % 2) for i in range(12) for d in rng.sample(range(90), 1 + i % 5)]
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, judgement)) for judgement in judgements)]
+    (root / "retrieval" / "qrels" / "test.tsv").write_text("\n".join(lines))
+    ranked = [{"query": f"{q}?", "positive": rng.sample(texts, 2), "negative": rng.sample(texts, 6)} for q in queries]
+    write_rows(root / "reranking" / "test.jsonl", ranked)
+    kinds = {"retrieval": "Retrieval", "reranking": "Reranking", "classification": "Classification"}
+    kinds |= {"clustering": "Clustering", "sets": "Clustering", "sts": "STS", "pairs": "PairClassification"}
+    entries = [f"  - {{type: {kind}, path: {name}, instruction: Do {name}}}" for name, kind in kinds.items()]
+    (root / "tasks.yaml").write_text("tasks:\n" + "\n".join(entries) + "\n")
+    return root

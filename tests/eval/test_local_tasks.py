@@ -1,0 +1,276 @@
+"""mteb's classes on local folders, against computations of our own; and what is wrong with folders."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, v_measure_score
+
+from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.measure import measure
+from nvembed.eval.models import LoadedModel, TaskEncoder
+from nvembed.eval.results import main_score
+from nvembed.eval.select_tasks import instructions_for
+
+
+SEED = 42  # mteb's
+
+
+@pytest.fixture
+def score(data, embed):
+    """The harness's main score of the local task of a name."""
+
+    def run(name):
+        (task,) = read_tasks(str(data / "tasks.yaml"), [name])
+        model = LoadedModel("tests/model", "r1", embed)
+        results = measure([task], TaskEncoder(model, embed, instructions_for([task])))
+        return main_score(task, results[name])
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cosine(a, b):
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    return float(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b))
+
+
+@pytest.fixture
+def vectors(embed):
+    return lambda texts: embed(texts, "")
+
+
+def test_retrieval_is_ndcg_by_a_loop(data, score, vectors, embed):
+    corpus = {row["_id"]: row["text"] for row in rows(data / "retrieval" / "corpus.jsonl")}
+    queries = {row["_id"]: row["text"] for row in rows(data / "retrieval" / "queries.jsonl")}
+    qrels = {}
+    for line in (data / "retrieval" / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query_id, document_id, grade = line.split("\t")
+        qrels.setdefault(query_id, {})[document_id] = int(grade)
+    total = 0.0
+    for query_id, grades in qrels.items():
+        (query,) = vectors([queries[query_id]])
+        similarity = {d: cosine(query, vectors([text])[0]) for d, text in corpus.items()}
+        ranking = sorted(corpus, key=similarity.get, reverse=True)[:10]
+        gain = sum(grades.get(d, 0) / math.log2(rank + 2) for rank, d in enumerate(ranking))
+        best = sum(g / math.log2(rank + 2) for rank, g in enumerate(sorted(grades.values(), reverse=True)[:10]))
+        total += gain / best
+    embed.calls.clear()
+    actual = score("retrieval")
+    assert 0.02 < actual < 0.98
+    assert actual == pytest.approx(round(total / len(qrels), 5), abs=1e-6)  # mteb keeps five digits
+    assert [prefix for _, prefix in embed.calls] == ["Instruct: Do retrieval\nQuery: ", ""], "documents have none"
+
+
+def test_reranking_is_mean_average_precision_by_a_loop(data, score, vectors, embed):
+    total, examples = 0.0, rows(data / "reranking" / "test.jsonl")
+    for example in examples:
+        (query,) = vectors([example["query"]])
+        candidates = [(text, 1) for text in example["positive"]] + [(text, 0) for text in example["negative"]]
+        candidates.sort(key=lambda candidate: cosine(query, vectors([candidate[0]])[0]), reverse=True)
+        hits = precision = 0
+        for rank, (_, relevant) in enumerate(candidates, start=1):
+            hits += relevant
+            precision += relevant * hits / rank
+        total += precision / len(example["positive"])
+    embed.calls.clear()
+    assert score("reranking") == pytest.approx(round(total / len(examples), 5), abs=1e-6)
+    assert {prefix for _, prefix in embed.calls} == {"Instruct: Do reranking\nQuery: "}, "symmetric, as in the paper"
+
+
+def test_classification_is_logistic_regression_on_eight_per_label(data, score, vectors):
+    train, test = (rows(data / "classification" / f"{split}.jsonl") for split in ("train", "test"))
+    order, accuracies = list(range(len(train))), []
+    for _ in range(10):
+        np.random.RandomState(SEED).shuffle(order)  # shuffled on from the last experiment's order
+        chosen, counts = [], {}
+        for i in order:
+            label = train[i]["label"]
+            if counts.setdefault(label, 0) < 8:
+                chosen.append(i)
+                counts[label] += 1
+        classifier = LogisticRegression(max_iter=100, random_state=SEED)
+        classifier.fit(vectors([train[i]["text"] for i in chosen]), [train[i]["label"] for i in chosen])
+        predicted = classifier.predict(vectors([row["text"] for row in test]))
+        accuracies.append(accuracy_score([row["label"] for row in test], predicted))
+    actual = score("classification")
+    assert 0.4 < actual < 1
+    assert actual == pytest.approx(np.mean(accuracies), abs=1e-6)
+
+
+def test_clustering_is_bootstrapped_k_means(data, score, vectors):
+    table = rows(data / "clustering" / "test.jsonl")
+    embeddings, labels = vectors([row["text"] for row in table]), np.array([row["label"] for row in table])
+    generator, measures = random.Random(SEED), []
+    means = MiniBatchKMeans(n_clusters=3, batch_size=512, init="k-means++", n_init=1, random_state=SEED)
+    for _ in range(10):
+        drawn = generator.choices(range(len(table)), k=16_384)
+        measures.append(v_measure_score(labels[drawn], means.fit_predict(embeddings[drawn])))
+    actual = score("clustering")
+    assert 0.05 < actual < 0.98
+    assert actual == pytest.approx(np.mean(measures), abs=1e-6)
+    assert score("clustering") == actual, "a second evaluation in one process samples as the first"
+
+
+def test_sets_are_clustered_one_by_one(data, score, vectors):
+    measures = []
+    for row in rows(data / "sets" / "test.jsonl"):
+        means = MiniBatchKMeans(n_clusters=3, batch_size=500, n_init="auto", random_state=SEED)
+        measures.append(v_measure_score(row["labels"], means.fit_predict(vectors(row["sentences"]))))
+    assert score("sets") == pytest.approx(np.mean(measures), abs=1e-6)
+
+
+def test_sts_is_spearman(data, score, vectors, embed):
+    table = rows(data / "sts" / "test.jsonl")
+    similarity = [cosine(*vectors([row["sentence1"], row["sentence2"]])) for row in table]
+    embed.calls.clear()
+    assert score("sts") == pytest.approx(spearmanr(similarity, [row["score"] for row in table])[0], abs=1e-6)
+    assert {prefix for _, prefix in embed.calls} == {"Instruct: Do sts\nQuery: "}
+
+
+def test_pairs_are_scored_by_average_precision(data, score, vectors):
+    table = rows(data / "pairs" / "test.jsonl")
+    first, second = (vectors([row[side] for row in table]).astype(np.float64) for side in ("sentence1", "sentence2"))
+    measures = {
+        "cosine": [cosine(a, b) for a, b in zip(first, second)],
+        "manhattan": -np.abs(first - second).sum(1),
+        "euclidean": -np.sqrt(((first - second) ** 2).sum(1)),
+        "dot": (first * second).sum(1),
+    }
+
+    def average_precision(similarity):
+        hits = precision = 0
+        for rank, i in enumerate(np.argsort(-np.asarray(similarity)), start=1):
+            hits += table[i]["label"]
+            precision += table[i]["label"] * hits / rank
+        return precision / hits
+
+    assert score("pairs") == pytest.approx(max(map(average_precision, measures.values())), abs=1e-6)
+
+
+# --- Layouts
+
+
+def test_beir_folder_to_rerank(data, embed):
+    ranked = [{"query-id": f"q{i}", "corpus-ids": [f"d{j}" for j in range(90)]} for i in range(12)]
+    (data / "retrieval" / "top_ranked").mkdir()
+    (data / "retrieval" / "top_ranked" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    (data / "tasks.yaml").write_text("tasks: [{type: Reranking, path: retrieval, instruction: ''}]")
+    (task,) = read_tasks(str(data / "tasks.yaml"))
+    assert instructions_for([task])["retrieval"].query == "", "an empty instruction is none, without a warning"
+    model = LoadedModel("tests/model", "r1", embed)
+    result = measure([task], TaskEncoder(model, embed, instructions_for([task])))["retrieval"]
+    assert result.scores["test"][0]["map_at_1000"] == main_score(task, result) > 0
+
+
+def test_csv_and_parquet(data, embed):
+    from datasets import Dataset
+
+    table = Dataset.from_list(rows(data / "sts" / "test.jsonl"))
+    (data / "csv").mkdir()
+    table.to_csv(data / "csv" / "test.csv")
+    (data / "parquet").mkdir()
+    table.to_parquet(data / "parquet" / "dev.parquet")
+    (data / "tasks.yaml").write_text(
+        "tasks: [{type: STS, path: csv}, {type: STS, path: parquet, split: dev, name: other}, {type: STS, path: sts}]"
+    )
+    tasks = read_tasks(str(data / "tasks.yaml"))
+    assert [task.metadata.name for task in tasks] == ["csv", "other", "sts"]
+    assert len({str(list(task.dataset["default"].values())[0].to_list()) for task in tasks}) == 1
+
+
+def test_a_change_of_the_data_is_another_revision(data):
+    def revision():
+        (task,) = read_tasks(str(data / "tasks.yaml"), ["retrieval"])
+        return task.metadata.revision
+
+    before = revision()
+    assert revision() == before
+    with (data / "retrieval" / "qrels" / "test.tsv").open("a") as file:
+        file.write("\nq0\td50\t1\nq0\td51\t1")
+    assert revision() != before
+
+
+# --- What is wrong
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("tasks: [", "is not valid YAML"),
+        ("[]", "has no list `tasks:` with at least one task"),
+        ("tasks: [5]", "task 1 is 5, not a mapping"),
+        ("tasks: [{type: STS, path: sts, spilt: dev}]", "task 1 has an unknown field 'spilt'; a task has type, path"),
+        ("tasks: [{path: sts}]", "task 1 has no `type:`"),
+        ("tasks: [{type: Similarity, path: sts}]", "type is 'Similarity'; known types are Retrieval, Reranking"),
+        ("tasks: [{type: STS, path: nowhere}]", "the folder .*nowhere does not exist; `path:` is relative to"),
+        ("tasks: [{type: STS, path: sts, split: 5}]", "split is 5 of type int, not a string"),
+        ("tasks: [{type: STS, path: sts, name: a/b}]", "name is 'a/b'; results are files of that name"),
+        ("tasks: [{type: STS, path: sts}, {type: STS, path: sts}]", "two tasks are called 'sts'"),
+        ("tasks: [{type: STS, path: sts, split: dev}]", "no dev.jsonl, .csv or .parquet for task 'sts'; found"),
+        ("tasks: [{type: STS, path: pairs}]", r'test.jsonl:1: "score" is missing; found'),
+        ("tasks: [{type: Retrieval, path: sts}]", "is not in BEIR layout"),
+        ("tasks: [{type: Reranking, path: retrieval}]", r"top_ranked.test.jsonl is missing"),
+    ],
+)
+def test_bad_tasks_files(data, content, words):
+    (data / "tasks.yaml").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_tasks(str(data / "tasks.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row", "words"),
+    [
+        ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "b", "score": "x"}, "jsonl:1: \"score\" is 'x', not"),
+        ("sts", "sts/test.jsonl", {"sentence1": 5, "sentence2": "b", "score": 1}, 'jsonl:1: "sentence1" is 5 of type'),
+        ("pairs", "pairs/test.jsonl", {"sentence1": "a", "sentence2": "b", "label": 2}, '"label" is 2; a pair is 1'),
+        ("pairs", "pairs/test.jsonl", {"sentence1": "a", "sentence2": "b"}, '"label" is missing'),
+        (
+            "classification",
+            "classification/test.jsonl",
+            {"text": "a", "label": "z"},
+            "label 'z' of split 'test' is not",
+        ),
+        ("classification", "classification/train.jsonl", {"text": "a", "label": None}, '"label" is None; it must be'),
+        ("clustering", "clustering/test.jsonl", {"sentences": ["a"], "labels": []}, "not lists of the same length"),
+        ("reranking", "reranking/test.jsonl", {"query": "a", "positive": [], "negative": ["b"]}, '"positive" is ..; a'),
+        ("reranking", "reranking/test.jsonl", {"query": "a", "positive": [1], "negative": ["b"]}, "is 1, not a string"),
+        ("retrieval", "retrieval/corpus.jsonl", {"_id": "d0", "text": "a"}, "names document 'd.+', which does not ex"),
+    ],
+)
+def test_bad_rows_are_named(data, name, file, row, words):
+    (data / file).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=words):
+        read_tasks(str(data / "tasks.yaml"), [name])
+
+
+def test_empty_files_and_unknown_names(data):
+    (data / "sts" / "test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"sts.test.jsonl is empty; task 'sts' needs at least one row"):
+        read_tasks(str(data / "tasks.yaml"), ["sts"])
+    with pytest.raises(ValueError, match="has no task 'nothing'; its tasks are retrieval, reranking"):
+        read_tasks(str(data / "tasks.yaml"), ["nothing"])
+    with pytest.raises(ValueError, match="none.yaml does not exist"):
+        read_tasks(str(data / "none.yaml"))
+
+
+def test_documents_to_rerank_must_exist(data):
+    (data / "retrieval" / "top_ranked").mkdir()
+    file = data / "retrieval" / "top_ranked" / "test.jsonl"
+    (data / "tasks.yaml").write_text("tasks: [{type: Reranking, path: retrieval}]")
+    for row, words in (
+        ({"query-id": "q0", "corpus-ids": ["d99"]}, "jsonl:1: document 'd99' does not exist"),
+        ({"query-id": "q0", "corpus-ids": ["d1"]}, "query 'q1' of the qrels has no documents to rerank"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=words):
+            read_tasks(str(data / "tasks.yaml"))
