@@ -16,10 +16,11 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# air-benchmark goes without its dependency pytrec_eval, which does not build everywhere; pytrec-eval-terrier among the
+# requirements is the same module.
 .venv/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
-	# Its dependency pytrec_eval does not build everywhere; pytrec-eval-terrier, pinned above, is the same module.
 	.venv/bin/pip install --quiet --no-deps air-benchmark==0.1.0
 	.venv/bin/pip install --quiet --no-deps --editable .
 	touch $@
