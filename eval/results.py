@@ -41,7 +41,7 @@ def claim_folder(output_dir: str, settings: Mapping, instructions: Mapping[str, 
 
     Args:
         settings: model, revision and whatever else changes scores.
-        instructions: by task; those of earlier runs stay in `run.json`.
+        instructions: by task; one that differs is wrong only where a result was measured with the earlier one.
 
     Raises:
         ValueError: the folder holds results of another model, revision, setting or instruction; nothing is changed.
@@ -58,9 +58,11 @@ def claim_folder(output_dir: str, settings: Mapping, instructions: Mapping[str, 
                 )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not of an evaluation; name another --output_dir")
+    measured = {path.stem for path in folder.glob("results/*/*/*.json")}
     for task, instruction in instructions.items():
-        earlier = record["instructions"].setdefault(task, asdict(instruction))
-        if earlier != asdict(instruction):
+        earlier = record["instructions"].get(task, asdict(instruction))
+        record["instructions"][task] = asdict(instruction)
+        if earlier != asdict(instruction) and task in measured:
             raise ValueError(
                 f"{folder} holds {task} with the instruction {earlier['query']!r}, this run has "
                 f"{instruction.query!r}; name another --output_dir"

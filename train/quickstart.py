@@ -98,9 +98,10 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
+    logging.getLogger("mteb").setLevel(logging.WARNING)
     os.chdir(ROOT)
     checkpoint = RUN / "checkpoint"
-    if RUN.exists() and any((RUN / name).exists() for name in ("base", "stage1", "checkpoint")):
+    if RUN.exists() and any((RUN / name).exists() for name in ("base", "stage1", "checkpoint", "scores")):
         raise SystemExit(f"{RUN} holds an earlier run; keep it under another name or remove it: rm -r {RUN}")
 
     base = fetch_base(RUN / "download")

@@ -165,6 +165,10 @@ def test_another_revision_setting_or_instruction_is_refused(arguments, checkpoin
     (data / "tasks.yaml").write_text(text.replace("Do sts", "Be sts"))
     with pytest.raises(ValueError, match="holds sts with the instruction 'Do sts', this run has 'Be sts'"):
         run(arguments())
+    instruction = {"sts": TaskInstruction("Be sts")}
+    claim_folder(str(tmp_path / "new"), {}, {"sts": TaskInstruction("Do sts")})
+    claim_folder(str(tmp_path / "new"), {}, instruction)  # nothing was measured with the first one
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["instructions"]["sts"]["query"] == "Be sts"
     (data / "tasks.yaml").write_text(text)
     rows = (data / "sts" / "test.jsonl").read_text().splitlines()
     (data / "sts" / "test.jsonl").write_text("\n".join(rows[1:]))

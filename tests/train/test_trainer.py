@@ -1,6 +1,7 @@
 """Two real training steps on the tiny checkpoint: what moves, what is saved, what is logged."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,14 +201,19 @@ def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sent
     assert "already holds a checkpoint" in again.stderr
 
 
-def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, sentences):
-    """DDP on gloo with half the batch each: the same weights after two steps as one process with the whole."""
+def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
+    """DDP on gloo with half the batch each: the same weights and scores after two steps as one with the whole."""
+    scores = {}
     for name, launcher, options in (
         ("one", ACCELERATE, ["--per_device_train_batch_size=8"]),
         ("two", TORCHRUN, ["--per_device_train_batch_size=4", "--ddp_backend=gloo"]),
     ):
+        options += ["--eval_tasks", tasks_file, "--eval_names", "halves", "--eval_steps=1", "--disable_tqdm=true"]
         result = run_stage(launcher, "stage1.py", checkpoint, pairs_file, tmp_path / name, *options)
         assert result.returncode == 0, result.stderr
+        scores[name] = re.findall(r"'eval_halves': '?([0-9.]+)", result.stdout)
+    assert len(scores["one"]) == 2
+    assert scores["one"] == scores["two"], "measured after each step, logged once"
     one, two = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
     assert (one - NVEmbedModel.from_pretrained(checkpoint).encode(sentences)).abs().max() > 1e-2
