@@ -37,8 +37,7 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
     """
     failures = {}
     results: dict[str, TaskResult] = {}
-    # Parts come before what aggregates them, which then finds them in the cache.
-    plan = list(dict.fromkeys(reversed(list(with_parts(reversed(tasks))))))
+    plan = list(with_parts(tasks))  # what aggregates others finds them in the cache
     with tqdm(plan, desc="Tasks", unit="task", disable=cache is None) as progress:
         for task in progress:
             name = task.metadata.name
@@ -66,9 +65,8 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
                 show_progress_bar=False,
             ).task_results
             if cache is not None:
-                results[name] = cache.load_task_result(
-                    name, encoder.mteb_model_meta
-                )  # rounded, as a resumed run has it
+                # Rounded, as a resumed run has it.
+                results[name] = cache.load_task_result(name, encoder.mteb_model_meta)
                 task.unload_data()  # the next one may be large
     if failures:
         reasons = "".join(f"\n  {name}: {error}" for name, error in failures.items())

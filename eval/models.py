@@ -35,7 +35,7 @@ class LoadedModel:
         name: of results; the last two parts of a folder's path, or the Hub name.
         revision: the Hub's commit, or a digest of a folder's files.
         embed: (texts, prefix) -> fp32 `[texts, width]`; the prefix is an instruction as the model reads it.
-        prompts: the model's own prompts by name, which outrank the tasks' instructions; None: it has none.
+        prompts: the model's own prompts by name, instead of the tasks' instructions; None: it takes these.
     """
 
     name: str

@@ -56,6 +56,8 @@ def claim_folder(output_dir: str, settings: Mapping, instructions: Mapping[str, 
                 raise ValueError(
                     f"{folder} holds results with {key} {there!r}, this run has {now!r}; name another --output_dir"
                 )
+    elif folder.is_file():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not of an evaluation; name another --output_dir")
     measured = {path.stem for path in folder.glob("results/*/*/*.json")}

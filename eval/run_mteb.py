@@ -8,6 +8,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
+import mteb
 import transformers
 from accelerate import PartialState
 from mteb import ResultCache
@@ -72,8 +73,9 @@ def run(args: EvaluationArguments) -> dict | None:
         if embed is None:
             return None
         instructions = instructions_for(tasks) if model.prompts is None else {}
-        settings = {"model": model.name, "revision": model.revision, "max_length": args.max_length, "dtype": args.dtype}
-        folder = results.claim_folder(args.output_dir, settings | {"instruct": args.instruct}, instructions)
+        settings = {"model": model.name, "revision": model.revision, "mteb": mteb.__version__}
+        settings |= {"max_length": args.max_length, "dtype": args.dtype, "instruct": args.instruct}
+        folder = results.claim_folder(args.output_dir, settings, instructions)
         cache = ResultCache(folder)
         results.check_cached(cache, model, with_parts(tasks))
         measured = measure(tasks, TaskEncoder(model, embed, instructions), cache)

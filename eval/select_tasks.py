@@ -80,11 +80,11 @@ def instructions_for(tasks: Iterable[AbsTask]) -> dict[str, TaskInstruction]:
 
 
 def with_parts(tasks: Iterable[AbsTask]) -> Iterator[AbsTask]:
-    """The tasks and, after each aggregated one, what it aggregates, such as CQADupstack's twelve forums."""
+    """The tasks and, before each aggregated one, what it aggregates, such as CQADupstack's twelve forums."""
     for task in tasks:
-        yield task
         if isinstance(task, AbsTaskAggregate):
             yield from with_parts(task.metadata.tasks)
+        yield task
 
 
 def _instruction(task: AbsTask) -> TaskInstruction:

@@ -181,6 +181,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds files that are not of an evaluation"):
         claim_folder(str(tmp_path), {"model": "m"}, {})
+    with pytest.raises(ValueError, match="thesis.tex is a file; name a folder"):
+        claim_folder(str(tmp_path / "thesis.tex"), {"model": "m"}, {})
 
 
 def test_a_model_is_known_by_its_files(checkpoint, tmp_path):
@@ -318,6 +320,27 @@ def test_tasks_of_mteb_through_datasets(hub, arguments, checkpoint, caplog):
         total += 1 / math.log2(rank + 2) if rank < 10 else 0
     assert summary["tasks"]["SciFact"] == pytest.approx(round(total / 10, 5), abs=1e-6)
     assert 0.2 < summary["tasks"]["Banking77Classification"] <= 1
+
+
+def test_an_aggregated_task_is_the_mean_of_its_parts(hub, arguments, tmp_path):
+    """CQADupstack: twelve forums, each a task with its own result, one score of the paper's 56."""
+    (task,) = select_tasks(["CQADupstackRetrieval"])
+    for i, part in enumerate(task.metadata.tasks):
+        folder = tmp_path / part.metadata.dataset["path"]
+        shutil.copytree(tmp_path / "mteb" / "scifact", folder)
+        qrels = (folder / "qrels" / "test.jsonl").read_text().splitlines()
+        (folder / "qrels" / "test.jsonl").write_text("\n".join(qrels[i % 9 :]))
+    summary = run(arguments(tasks=["CQADupstackRetrieval"], max_length=512))
+    parts = [
+        json.loads(path.read_text()) for path in (tmp_path / "out").glob("results/*/*/CQADupstack*.json")
+    ]
+    scores = {part["task_name"]: part["scores"]["test"][0]["main_score"] for part in parts}
+    mean = scores.pop("CQADupstackRetrieval")
+    assert len(scores) == 12
+    assert len(set(scores.values())) > 3
+    assert summary["tasks"] == {"CQADupstackRetrieval": pytest.approx(sum(scores.values()) / 12, abs=1e-6)}
+    assert summary["average"] == pytest.approx(mean)
+    assert run(arguments(tasks=["CQADupstackRetrieval"], max_length=512)) == summary
 
 
 def test_a_hub_that_cannot_be_reached(arguments, tmp_path, monkeypatch):
