@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from mteb.abstasks import AbsTask
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from nvembed.eval.measure import measure
 from nvembed.eval.models import MAX_LENGTH, LoadedModel, TaskEncoder, embed_with
-from nvembed.eval.processes import split_over_processes
+from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import summarize
 from nvembed.eval.select_tasks import instructions_for
 
@@ -21,9 +24,10 @@ from nvembed.eval.select_tasks import instructions_for
 class LocalTasksCallback(TrainerCallback):
     """Adds `eval_<task>`, the main score from 0 to 1, and `eval_average` to the metrics of every evaluation.
 
-    `EmbeddingTrainer` uses it every `eval_steps`; any other `Trainer` of an `NVEmbedModel` takes it, too:
-    `Trainer(..., callbacks=[LocalTasksCallback(read_tasks("tasks.yaml"))])`. The run of the training itself does not
-    change: random numbers are as they were. Processes share the texts out, and all get the scores.
+    `EmbeddingTrainer` uses it every `eval_steps` and logs them. In any other `Trainer` of an `NVEmbedModel` they are in
+    the metrics that pick the best checkpoint, and that later callbacks see, but its log is written before. The training
+    does not change: random numbers are as they were. Processes share the texts out, and all get the scores; where each
+    holds a shard of the weights, all embed everything, because they need each other for every layer.
 
     Args:
         tasks: of `read_tasks`; a subset is a shorter list.
@@ -35,26 +39,43 @@ class LocalTasksCallback(TrainerCallback):
         self.instructions = instructions_for(tasks)
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        # As in training: the pooling is fp32, the decoder may be bf16.
-        autocast = torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
-        with autocast, random_numbers_kept():
-            scores = self.measure(extract_model_from_parallel(model))
+        model = extract_model_from_parallel(model)
+        encode = embed_with(model, self.max_length)
+
+        def embed(texts: list[str], prefix: str) -> np.ndarray:
+            # As in training: the pooling is fp32, the decoder may be bf16. mteb's own arithmetic is outside.
+            dtype = torch.bfloat16 if args.bf16 else torch.float16
+            with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+                return encode(texts, prefix)
+
+        with random_numbers_kept():
+            scores = self.measure(embed) if is_sharded(model) else self.measure_together(embed)
         if metrics is not None:
             metrics.update({f"eval_{name}": round(score, 5) for name, score in scores.items()})
 
-    def measure(self, model) -> dict[str, float]:
-        """Main scores by task, and their "average"; every process has them."""
-        current = LoadedModel("in training", "now", embed_with(model, self.max_length))
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """Main scores by task, and their "average"."""
+        current = LoadedModel("in training", "now", embed)
+        results = measure(self.tasks, TaskEncoder(current, embed, self.instructions))
+        summary = summarize(self.tasks, results, current)
+        return summary["tasks"] | {"average": summary["average"]}
+
+    def measure_together(self, embed: Embed) -> dict[str, float]:
+        """`measure` with the texts split over the processes; every one has the scores."""
         scores: list = [None]
-        with split_over_processes(current.embed) as embed:
-            if embed is not None:
-                results = measure(self.tasks, TaskEncoder(current, embed, self.instructions))
-                summary = summarize(self.tasks, results, current)
-                scores = [summary["tasks"] | {"average": summary["average"]}]
+        with split_over_processes(embed) as shared:
+            if shared is not None:
+                scores = [self.measure(shared)]
         if dist.is_initialized():
             dist.broadcast_object_list(scores, src=0)
         return scores[0]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs all processes: FSDP, FSDP2, DeepSpeed ZeRO-3."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ tasks:
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,6 +54,7 @@ class LocalTask:
     name: str
 
 
+RESERVED = ("model_meta", "run_settings")  # files beside the results
 FIELDS = [field.name for field in fields(LocalTask)]
 
 
@@ -81,6 +83,8 @@ def read_entries(file: str) -> list[LocalTask]:
         raise ValueError(f"{file} does not exist; name a YAML file with a list `tasks:`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     rows = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file} has no list `tasks:` with at least one task")
@@ -113,6 +117,8 @@ def _read_entry(file: Path, number: int, row) -> LocalTask:
     name = row.get("name", Path(row["path"]).name)
     if not name or not all(character.isalnum() or character in "-_." for character in name):
         raise ValueError(f"{where}: name is {name!r}; results are files of that name: use letters, digits, - _ .")
+    if name in RESERVED:
+        raise ValueError(f"{where}: name is {name!r}, which mteb writes among the results; choose another")
     return LocalTask(row["type"], folder, row.get("split", "test"), row.get("instruction"), name)
 
 
@@ -179,13 +185,14 @@ def _load_reranking(entry: LocalTask) -> dict[str, RetrievalSplitData]:
     for position, (name, row) in enumerate(_rows(entry, entry.split, ("query", "positive", "negative"))):
         query_id = f"q{position}"
         queries[query_id], qrels[query_id] = text_of(row, "query", name), {}
-        for column, grade in (("positive", 1), ("negative", 0)):
+        # mteb's own ids: equal scores are ranked by id, and these do not favour the positives.
+        for column, prefix, grade in (("positive", "apositive", 1), ("negative", "negative", 0)):
             if not isinstance(row[column], list) or not row[column]:
                 raise ValueError(f'{name}: "{column}" is {row[column]!r}; a query needs a list with at least one text')
             for number, text in enumerate(row[column]):
                 if not isinstance(text, str):
                     raise ValueError(f'{name}: "{column}"[{number}] is {text!r}, not a string')
-                document_id = f"{query_id}-{column}-{number}"
+                document_id = f"{prefix}_{query_id}_{number:05}"
                 corpus[document_id], qrels[query_id][document_id] = text, grade
     ranked = {query_id: list(judgements) for query_id, judgements in qrels.items()}
     return {entry.split: _retrieval_split(corpus, queries, qrels, ranked)}
@@ -198,10 +205,13 @@ def _load_ranked_beir(entry: LocalTask) -> dict[str, RetrievalSplitData]:
         raise ValueError(f"{file} is missing: rows of query-id and corpus-ids, the documents to rerank")
     ranked: dict[str, list[str]] = {}
     for number, row in read_jsonl(file, ("query-id", "corpus-ids")):
-        for document_id in row["corpus-ids"]:
+        if not isinstance(row["corpus-ids"], list):
+            raise ValueError(f'{file}:{number}: "corpus-ids" is {row["corpus-ids"]!r}, not a list')
+        document_ids = [str(document_id) for document_id in row["corpus-ids"]]
+        for document_id in document_ids:
             if document_id not in data.corpus:
                 raise ValueError(f"{file}:{number}: document {document_id!r} does not exist in corpus.jsonl")
-        ranked[str(row["query-id"])] = row["corpus-ids"]
+        ranked[str(row["query-id"])] = document_ids
     for query_id in data.queries:
         if query_id not in ranked:
             raise ValueError(f"{file}: query {query_id!r} of the qrels has no documents to rerank")
@@ -216,6 +226,8 @@ def _load_classification(entry: LocalTask) -> dict[str, Dataset]:
         for split in dict.fromkeys(("train", entry.split))
     }
     numbers = {label: number for number, label in enumerate(sorted({label for _, label in rows["train"]}))}
+    if len(numbers) < 2:
+        raise ValueError(f"{entry.path}: all texts of split 'train' have the label {min(numbers)!r}; two are needed")
     for _, label in rows[entry.split]:
         if label not in numbers:
             raise ValueError(f"{entry.path}: label {label!r} of split {entry.split!r} is not in split 'train'")
@@ -230,31 +242,56 @@ def _load_clustering(entry: LocalTask) -> dict[str, Dataset]:
     rows = []
     for name, row in _rows(entry, entry.split, names):
         texts, labels = (row[column] for column in names)
-        if isinstance(texts, list):
-            if not isinstance(labels, list) or len(texts) != len(labels):
-                raise ValueError(f'{name}: "{names[0]}" and "{names[1]}" are not lists of the same length')
-            rows.append({"sentences": texts, "labels": [str(label) for label in labels]})
-        else:
+        if not isinstance(texts, list):
             rows.append({"sentences": text_of(row, names[0], name), "labels": _label(row, names[1], name)})
+            continue
+        if not isinstance(labels, list) or len(texts) != len(labels) or not texts:
+            raise ValueError(f'{name}: "{names[0]}" and "{names[1]}" are not lists of the same length, 1 or more')
+        pairs = [{names[0]: text, names[1]: label} for text, label in zip(texts, labels)]
+        sentences = [text_of(pair, names[0], f"{name}[{i}]") for i, pair in enumerate(pairs)]
+        rows.append(
+            {"sentences": sentences, "labels": [_label(p, names[1], f"{name}[{i}]") for i, p in enumerate(pairs)]}
+        )
+    if len({type(row["sentences"]) for row in rows}) > 1:
+        raise ValueError(
+            f"{entry.path}: some rows of split {entry.split!r} hold one text, others a list; make all alike"
+        )
     return {entry.split: Dataset.from_list(rows)}
 
 
 def _load_pairs(entry: LocalTask) -> dict[str, Dataset]:
+    """One pair in a row, or MTEB's older layout: one row of three lists."""
     label = _columns(entry, ("labels",), ("label",))[0]
+    columns = ("sentence1", "sentence2", label)
     rows = []
-    for name, row in _rows(entry, entry.split, ("sentence1", "sentence2", label)):
-        if row[label] not in (0, 1):
-            raise ValueError(f'{name}: "{label}" is {row[label]!r}; a pair is 1, the same, or 0')
-        rows.append({**{c: text_of(row, c, name) for c in ("sentence1", "sentence2")}, "labels": int(row[label])})
+    for name, row in _rows(entry, entry.split, columns):
+        cells = [row[column] for column in columns]
+        pairs = [(name, row)]
+        if all(isinstance(cell, list) for cell in cells):
+            if len({len(cell) for cell in cells}) > 1:
+                raise ValueError(f"{name}: the lists {columns} are not of the same length")
+            pairs = [(f"{name}[{i}]", dict(zip(columns, pair))) for i, pair in enumerate(zip(*cells))]
+        for pair_name, pair in pairs:
+            if pair[label] not in (0, 1):
+                raise ValueError(f'{pair_name}: "{label}" is {pair[label]!r}; a pair is 1, the same, or 0')
+            texts = {column: text_of(pair, column, pair_name) for column in columns[:2]}
+            rows.append({**texts, "labels": int(pair[label])})
+    if len(rows) < 2:
+        raise ValueError(f"{entry.path}: split {entry.split!r} has one pair; at least two are needed")
     return {entry.split: Dataset.from_list(rows)}
 
 
 def _load_sts(entry: LocalTask) -> dict[str, Dataset]:
     rows = []
     for name, row in _rows(entry, entry.split, ("sentence1", "sentence2", "score")):
-        if isinstance(row["score"], bool) or not isinstance(row["score"], (int, float)):
-            raise ValueError(f'{name}: "score" is {row["score"]!r}, not a number')
-        rows.append({**{c: text_of(row, c, name) for c in ("sentence1", "sentence2")}, "score": float(row["score"])})
+        score = row["score"]
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise ValueError(f'{name}: "score" is {score!r}, not a number')
+        rows.append({**{c: text_of(row, c, name) for c in ("sentence1", "sentence2")}, "score": float(score)})
+    if len({row["score"] for row in rows}) < 2:
+        raise ValueError(
+            f"{entry.path}: all scores of split {entry.split!r} are the same; a rank correlation needs two"
+        )
     return {entry.split: Dataset.from_list(rows)}
 
 

@@ -56,14 +56,14 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
                     continue
             # A second evaluation in this process samples as the first one did.
             task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
-            (results[name],) = mteb.evaluate(
-                encoder,
-                task,
-                cache=cache,
-                co2_tracker=False,
-                encode_kwargs={"batch_size": LOADER_BATCH, "show_progress_bar": False},
-                show_progress_bar=False,
-            ).task_results
+            options = {"batch_size": LOADER_BATCH, "show_progress_bar": False}
+            try:
+                evaluation = mteb.evaluate(
+                    encoder, task, cache=cache, co2_tracker=False, encode_kwargs=options, show_progress_bar=False
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            (results[name],) = evaluation.task_results
             if cache is not None:
                 # Rounded, as a resumed run has it.
                 results[name] = cache.load_task_result(name, encoder.mteb_model_meta)

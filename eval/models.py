@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -35,13 +36,52 @@ class LoadedModel:
         name: of results; the last two parts of a folder's path, or the Hub name.
         revision: the Hub's commit, or a digest of a folder's files.
         embed: (texts, prefix) -> fp32 `[texts, width]`; the prefix is an instruction as the model reads it.
+        similarity: that it was trained for, cosine or dot product.
         prompts: the model's own prompts by name, instead of the tasks' instructions; None: it takes these.
     """
 
     name: str
     revision: str
     embed: Embed
+    similarity: ScoringFunction = ScoringFunction.COSINE
     prompts: dict[str, str] | None = None
+
+
+@dataclass
+class ModelArguments:
+    """Options of every script that measures a model."""
+
+    model: str = field(metadata={"help": "Checkpoint folder or Hub name; any sentence-transformers model, too."})
+    output_dir: str = field(metadata={"help": "Folder for the results of this model; run again to resume."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens of a text with its instruction."})
+    batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a batch; found by device if left out."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto: as in the checkpoint."}
+    )
+    instruct: bool = field(
+        default=False, metadata={"help": "Give a sentence-transformers model the tasks' instructions, too."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "For sentence-transformers models with code of their own."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be a number of tokens, 1 or more")
+
+    def load(self) -> "LoadedModel":
+        """As `load_model`; the main process shows a progress bar."""
+        options = {"instruct": self.instruct, "trust_remote_code": self.trust_remote_code}
+        options |= {"show_progress_bar": PartialState().is_main_process}
+        return load_model(self.model, self.revision, self.max_length, self.batch_tokens, self.dtype, **options)
+
+    def settings(self, model: "LoadedModel") -> dict:
+        """What else than the data decides the scores."""
+        settings = {"model": model.name, "revision": model.revision, "max_length": self.max_length}
+        return settings | {"dtype": self.dtype, "instruct": self.instruct}
 
 
 def load_model(
@@ -71,9 +111,8 @@ def load_model(
     device = PartialState().device
     if config.get("model_type") == "nvembed":
         ours = NVEmbedModel.from_pretrained(model, revision=revision, dtype=dtype).to(device)
-        return LoadedModel(
-            name, commit, embed_with(ours, max_length, batch_tokens, show_progress_bar=show_progress_bar)
-        )
+        embed = embed_with(ours, max_length, batch_tokens, show_progress_bar=show_progress_bar)
+        return LoadedModel(name, commit, embed)
 
     from sentence_transformers import SentenceTransformer
 
@@ -81,20 +120,39 @@ def load_model(
     theirs = SentenceTransformer(model, device=str(device), **options)
     theirs.max_seq_length = min(theirs.max_seq_length or max_length, max_length)
 
-    def embed(texts: list[str], prefix: str) -> np.ndarray:
+    if theirs.similarity_fn_name not in ("cosine", "dot"):
+        raise ValueError(f"{model} compares by {theirs.similarity_fn_name!r}; cosine and dot can be measured here")
+
+    def encode(texts: list[str], prefix: str) -> np.ndarray:
         return theirs.encode(texts, prompt=prefix, convert_to_numpy=True, show_progress_bar=show_progress_bar)
 
     prompts = None if instruct else theirs.prompts | {"default": theirs.prompts.get(theirs.default_prompt_name, "")}
-    return LoadedModel(name, commit, embed, prompts)
+    return LoadedModel(name, commit, careful(encode), ScoringFunction(theirs.similarity_fn_name), prompts)
 
 
 def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = None, **options) -> Embed:
     """`encode` of a model of ours as an `Embed`."""
 
-    def embed(texts: list[str], prefix: str) -> np.ndarray:
+    def encode(texts: list[str], prefix: str) -> np.ndarray:
         return model.encode(texts, prefix, max_length, batch_tokens, convert_to_numpy=True, **options)
 
-    return embed
+    return careful(encode)
+
+
+def careful(embed: Embed) -> Embed:
+    """An `Embed` that takes the texts of public data sets as they are, and gives finite numbers.
+
+    Raises:
+        ValueError: an embedding is not finite, as those of a model whose training diverged.
+    """
+
+    def checked(texts: list[str], prefix: str) -> np.ndarray:
+        embeddings = embed([readable(text) for text in texts], prefix)
+        if not np.isfinite(embeddings).all():
+            raise ValueError("the model's embeddings hold NaN or infinity; if it was trained, lower the learning_rate")
+        return embeddings
+
+    return checked
 
 
 def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
@@ -120,14 +178,14 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules."""
+    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules, code."""
     folders = [folder]
     if (folder / "modules.json").is_file():
         modules = json.loads((folder / "modules.json").read_text())
         folders += [folder / module["path"] for module in modules if module["path"]]
     digest = hashlib.sha256()
     for path in sorted(path for place in folders for path in place.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".py"):
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -142,7 +200,7 @@ class TaskEncoder(AbsEncoder):
 
     def __init__(self, model: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]):
         self.prompts, self.embed, self.instructions = model.prompts, embed, instructions
-        overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": ScoringFunction.COSINE}
+        overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": model.similarity}
         self.mteb_model_meta = ModelMeta.create_empty(overwrites)
 
     def encode(
@@ -155,17 +213,11 @@ class TaskEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **options,
     ) -> np.ndarray:
-        """Embeddings `[texts, width]` of what a `DataLoader` of mteb's yields.
-
-        Raises:
-            ValueError: an embedding is not finite, as those of a model whose training diverged.
-        """
+        """Embeddings `[texts, width]` of what a `DataLoader` of mteb's yields; equal texts are embedded once."""
         texts = [text for batch in inputs for text in batch["text"]]
-        unique = {text: position for position, text in enumerate(dict.fromkeys(map(readable, texts)))}
+        unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
         embeddings = self.embed(list(unique), self.prefix(task_metadata, prompt_type))
-        if not np.isfinite(embeddings).all():
-            raise ValueError("the model's embeddings hold NaN or infinity; if it was trained, lower the learning_rate")
-        return embeddings[[unique[readable(text)] for text in texts]]
+        return embeddings[[unique[text] for text in texts]]
 
     def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
         """The instruction of one side of a task as the model reads it."""

@@ -63,6 +63,8 @@ def read_run(path: str) -> Run:
     try:
         if isinstance(content, list):
             tasks = {row["task"]: float(row["score"]) for row in content}
+            if not tasks:
+                raise ValueError("it is empty")
             return Run(file.stem, tasks, {row["task"]: row["type"] for row in content})
         details = content["details"]
         tasks = {task: 100 * score for task, score in content["tasks"].items()}
@@ -77,7 +79,7 @@ def read_run(path: str) -> Run:
 def _seconds(folder: Path, summary: dict) -> dict[str, float]:
     place = folder / "results" / summary["model"].replace("/", "__").replace(" ", "_") / summary["revision"]
     results = {task: place / f"{task}.json" for task in summary["tasks"]}
-    return {task: json.loads(p.read_text())["evaluation_time"] for task, p in results.items() if p.is_file()}
+    return {task: json.loads(p.read_text())["evaluation_time"] or 0.0 for task, p in results.items() if p.is_file()}
 
 
 @dataclass
@@ -114,7 +116,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
                 raise ValueError(f"{task} is of type {types[task]} in one run and {kind} in {run.name}")
     reference = json.loads((files("nvembed.eval") / "references.json").read_text())
     paper = {task: row["type"] for task, row in reference["tasks"].items()}
-    released = {task: reference["tasks"][task]["score"] for task in types if paper.get(task) == types[task]}
+    local = {task for run in runs for task, detail in run.details.items() if "/" not in (detail["dataset"] or "/")}
+    measured = {task for task in types if paper.get(task) == types[task] and task not in local}
+    released = {task: reference["tasks"][task]["score"] for task in types if task in measured}
     averages = {run.name: _averages(run.tasks, types) for run in runs}
     if released:
         same = {"NV-Embed-v2": _averages(released, types)}  # of these tasks, where the paper's averages are over others
@@ -180,7 +184,8 @@ def _percent(score: float | None) -> str:
 def markdown_table(rows: list[list[str]], text_columns: int = 1) -> str:
     header, *body = rows
     rule = ["---" if i < text_columns else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, rule, *body]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
 def csv_table(rows: list[list[str]]) -> str:
@@ -234,7 +239,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     labels = [_label(column, len(_tasks(comparison.types, column))) for column in columns]
     axes.set_xticks(range(len(columns)), labels, fontsize=9)
     axes.axvline(len(columns) - 1.5, color="#bbbbbb", linewidth=0.8)
-    lowest = min(score for averages in models.values() for score in averages.values() if score is not None)
+    lowest = min((s for averages in models.values() for s in averages.values() if s is not None), default=0.0)
     axes.set_ylim(min(0.0, 1.3 * lowest), 112)  # a rank correlation can be negative
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("score, percent")
@@ -269,8 +274,8 @@ def card_metadata(run: Run) -> str:
             results.append(
                 EvalResult(
                     task_type=detail["type"],
-                    dataset_type=detail["dataset"],
-                    dataset_name=f"MTEB {task}" if "/" in detail["dataset"] else task,
+                    dataset_type=detail["dataset"] or f"mteb/{task}",  # an aggregated task has none of its own
+                    dataset_name=task if "/" not in (detail["dataset"] or "/") else f"MTEB {task}",
                     dataset_config="default",
                     dataset_split=", ".join(detail["splits"]),
                     dataset_revision=detail["dataset_revision"],

@@ -9,6 +9,7 @@ summary.json                      scores, category averages, average
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from statistics import fmean
 import mteb
 from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nvembed.eval.instructions import TaskInstruction
 from nvembed.eval.models import LoadedModel
@@ -49,7 +51,11 @@ def claim_folder(output_dir: str, settings: Mapping, instructions: Mapping[str, 
     folder, record = Path(output_dir), {"settings": dict(settings), "instructions": {}}
     file = folder / "run.json"
     if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            record["settings"].items(), record["instructions"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} does not say what was measured ({error!r}); name another --output_dir") from None
         for key in sorted(settings.keys() | record["settings"].keys()):
             there, now = record["settings"].get(key), settings.get(key)
             if there != now:
@@ -97,9 +103,18 @@ def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask
 
 
 def main_score(task: AbsTask, result: TaskResult) -> float:
-    """mteb's main score, 0 to 1, averaged over the task's splits and subsets."""
+    """mteb's main score, 0 to 1, averaged over the task's splits and subsets.
+
+    Raises:
+        ValueError: it is not a number, as a correlation with constants.
+    """
     subsets = [part for split in task.eval_splits for part in result.scores[split]]
-    return fmean(part["main_score"] for part in subsets if part["hf_subset"] in task.hf_subsets)
+    score = fmean(part["main_score"] for part in subsets if part["hf_subset"] in task.hf_subsets)
+    if not math.isfinite(score):
+        raise ValueError(
+            f"{task.metadata.name} has the score {score}: are all its labels, or all its scores, the same?"
+        )
+    return score
 
 
 def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model: LoadedModel) -> dict:
@@ -111,8 +126,8 @@ def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model
             "type": task.metadata.type,
             "metric": task.metadata.main_score,
             "splits": list(task.eval_splits),
-            "dataset": task.metadata.dataset.get("path"),
-            "dataset_revision": task.metadata.revision,
+            "dataset": None if isinstance(task, AbsTaskAggregate) else task.metadata.dataset["path"],
+            "dataset_revision": None if isinstance(task, AbsTaskAggregate) else task.metadata.revision,
         }
         for task in tasks
     }

@@ -59,8 +59,12 @@ def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
             try:
                 query_id, document_id, score = row
                 grade = int(float(score))
-            except ValueError:
-                raise ValueError(f"{qrels_path}:{number}: {row} is not query-id, corpus-id, score") from None
+                if grade != float(score):
+                    raise ValueError
+            except (ValueError, OverflowError):
+                raise ValueError(
+                    f"{qrels_path}:{number}: {row} is not query-id, corpus-id, score (a whole number)"
+                ) from None
             if grade > 0:
                 qrels.setdefault(query_id, {})[document_id] = grade
     return corpus, queries, qrels

@@ -14,13 +14,15 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import transformers
 from accelerate import PartialState
+from mteb.models.model_meta import ScoringFunction
 from transformers import HfArgumentParser
 
 from nvembed.eval.instructions import paper_instructions
 from nvembed.eval.measure import unreachable
-from nvembed.eval.models import MAX_LENGTH, LoadedModel, load_model
+from nvembed.eval.models import LoadedModel, ModelArguments
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import claim_folder
 from nvembed.eval.search import embed_to_file, exact_search
@@ -40,9 +42,7 @@ VERSION = "AIR-Bench_24.05"
 
 
 @dataclass
-class AirBenchArguments:
-    model: str = field(metadata={"help": "Checkpoint folder or Hub name; any sentence-transformers model, too."})
-    output_dir: str = field(metadata={"help": "Folder for the results of this model; run again to resume."})
+class AirBenchArguments(ModelArguments):
     task_types: list[str] = field(default_factory=lambda: ["qa", "long-doc"], metadata={"help": "qa, long-doc."})
     domains: list[str] | None = field(default=None, metadata={"help": "wiki, web, law, ...; all if left out."})
     splits: list[str] = field(default_factory=lambda: ["dev", "test"], metadata={"help": "dev, test."})
@@ -50,10 +50,11 @@ class AirBenchArguments:
         default=paper_instructions()["NQ"].query, metadata={"help": "Task definition of queries; documents have none."}
     )
     top_k: int = field(default=1000, metadata={"help": "Documents per query in the search results."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens of a text with its instruction."})
-    batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a batch; found by device if left out."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be a number of documents, 1 or more")
 
 
 class DenseRetriever(Retriever):
@@ -61,7 +62,8 @@ class DenseRetriever(Retriever):
 
     def __init__(self, model: LoadedModel, embed: Embed, instruction: str, folder: Path, top_k: int = 1000):
         super().__init__(top_k)
-        self.name, self.embed, self.folder = model.name.replace("/", "__"), embed, folder
+        self.name, self.folder = model.name.replace("/", "__"), folder
+        self.embed = embed if model.similarity is ScoringFunction.DOT_PRODUCT else normalized(embed)
         own = model.prompts
         self.query_prefix = format_instruction(instruction) if own is None else own.get("query", own["default"])
         self.document_prefix = "" if own is None else own.get("document", own["default"])
@@ -70,10 +72,12 @@ class DenseRetriever(Retriever):
         return self.name
 
     def __call__(self, corpus: dict[str, dict], queries: dict[str, str], **kwargs) -> dict[str, dict[str, float]]:
-        """Query id -> document id -> dot product, of the `search_top_k` best documents."""
+        """Query id -> document id -> similarity, of the `search_top_k` best documents."""
         document_ids, texts = list(corpus), [document["text"] for document in corpus.values()]
-        digest = hashlib.sha256(json.dumps([document_ids, texts]).encode()).hexdigest()[:16]
-        path = self.folder / f"{digest}.npy"
+        digest = hashlib.sha256()
+        for row in zip(document_ids, texts):
+            digest.update(json.dumps(row).encode())
+        path = self.folder / f"{digest.hexdigest()[:16]}.npy"
         documents = embed_to_file(self.embed, texts, self.document_prefix, path)
         query_embeddings = self.embed(list(queries.values()), self.query_prefix)
         scores, positions = exact_search(query_embeddings, documents, self.search_top_k)
@@ -85,6 +89,16 @@ class DenseRetriever(Retriever):
         }
 
 
+def normalized(embed: Embed) -> Embed:
+    """An `Embed` whose dot products are cosines."""
+
+    def unit(texts: list[str], prefix: str) -> np.ndarray:
+        embeddings = embed(texts, prefix)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
+
+    return unit
+
+
 def run(args: AirBenchArguments) -> Path | None:
     """Writes search results, `dev_scores.json` and `.md`, and the zip file; returns the folder on the main process.
 
@@ -94,12 +108,11 @@ def run(args: AirBenchArguments) -> Path | None:
     """
     languages = {"languages": ["en"], "splits": args.splits}
     benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **languages)
-    model = load_model(args.model, args.revision, args.max_length, args.batch_tokens, args.dtype)
+    model = args.load()
     with split_over_processes(model.embed) as embed:
         if embed is None:
             return None
-        settings = {"model": model.name, "revision": model.revision, "instruction": args.instruction}
-        settings |= {"max_length": args.max_length, "dtype": args.dtype, "top_k": args.top_k}
+        settings = args.settings(model) | {"instruction": args.instruction, "top_k": args.top_k}
         folder = claim_folder(args.output_dir, settings, {})
         search_results = folder / "search_results"
         remove_half_written(search_results)

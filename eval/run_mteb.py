@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 
 import mteb
 import transformers
-from accelerate import PartialState
 from mteb import ResultCache
 from transformers import HfArgumentParser
 
 from nvembed.eval import results
 from nvembed.eval.measure import measure
-from nvembed.eval.models import MAX_LENGTH, TaskEncoder, load_model
+from nvembed.eval.models import ModelArguments, TaskEncoder
 from nvembed.eval.processes import split_over_processes
 from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
@@ -25,29 +24,11 @@ logger = logging.getLogger("run_mteb")
 
 
 @dataclass
-class EvaluationArguments:
-    model: str = field(metadata={"help": "Checkpoint folder or Hub name; any sentence-transformers model, too."})
-    output_dir: str = field(metadata={"help": "Folder for the results of this model; run again to resume."})
+class EvaluationArguments(ModelArguments):
     tasks: list[str] = field(
         default_factory=lambda: [PAPER_BENCHMARK],
         metadata={"help": "Benchmarks or tasks of mteb, or YAML files that name folders of your own."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens of a text with its instruction."})
-    batch_tokens: int | None = field(default=None, metadata={"help": "Tokens of a batch; found by device if left out."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16."})
-    instruct: bool = field(
-        default=False, metadata={"help": "Give a sentence-transformers model the tasks' instructions, too."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "For sentence-transformers models with code of their own."}
-    )
-
-    def __post_init__(self):
-        if self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length}; it must be a number of tokens, 1 or more")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be a number of tokens, 1 or more")
 
 
 def run(args: EvaluationArguments) -> dict | None:
@@ -57,24 +38,13 @@ def run(args: EvaluationArguments) -> dict | None:
         ValueError: as `select_tasks`, `load_model`, `claim_folder`, `check_cached` and `measure`.
         ConnectionError: as `measure`.
     """
-    state = PartialState()
     tasks = select_tasks(args.tasks)
-    model = load_model(
-        args.model,
-        args.revision,
-        args.max_length,
-        args.batch_tokens,
-        args.dtype,
-        args.instruct,
-        args.trust_remote_code,
-        show_progress_bar=state.is_main_process,
-    )
+    model = args.load()
     with split_over_processes(model.embed) as embed:
         if embed is None:
             return None
         instructions = instructions_for(tasks) if model.prompts is None else {}
-        settings = {"model": model.name, "revision": model.revision, "mteb": mteb.__version__}
-        settings |= {"max_length": args.max_length, "dtype": args.dtype, "instruct": args.instruct}
+        settings = args.settings(model) | {"mteb": mteb.__version__}
         folder = results.claim_folder(args.output_dir, settings, instructions)
         cache = ResultCache(folder)
         results.check_cached(cache, model, with_parts(tasks))

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nvembed.eval.processes import Embed
+from nvembed.eval.results import write_json
 
 
 BLOCK = 50_000  # documents embedded, or searched, at a time
@@ -37,7 +38,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], prefix: str, path: Path, b
                     rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
                 rows[start : start + len(embeddings)] = embeddings
                 rows.flush()
-                progress.write_text(json.dumps({"done": start + len(embeddings)}))
+                write_json(progress, {"done": start + len(embeddings)})
                 bar.update(len(embeddings))
         del rows
         os.replace(partial, path)

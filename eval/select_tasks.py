@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 import mteb
-from mteb.abstasks import AbsTask
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nvembed.eval.instructions import TaskInstruction, find_instruction
@@ -34,7 +34,9 @@ def select_tasks(names: Iterable[str]) -> list[AbsTask]:
         is_file = name.endswith((".yaml", ".yml"))
         for task in read_tasks(name) if is_file else _mteb_tasks(name):
             earlier = tasks.setdefault(task.metadata.name, task)
-            if earlier.metadata.dataset != task.metadata.dataset:
+            if earlier.metadata != task.metadata or getattr(earlier, "instruction", None) != getattr(
+                task, "instruction", None
+            ):
                 raise ValueError(f"two tasks are called {task.metadata.name!r}; give the local one another `name:`")
     if not tasks:
         raise ValueError(f"no tasks: name a benchmark such as {PAPER_BENCHMARK!r}, tasks, or a YAML file of local ones")
@@ -88,7 +90,6 @@ def with_parts(tasks: Iterable[AbsTask]) -> Iterator[AbsTask]:
 
 
 def _instruction(task: AbsTask) -> TaskInstruction:
-    is_asymmetric = task.metadata.type in ("Retrieval", "Reranking")
     given = getattr(task, "instruction", None)
     if given is not None:
         # Reranking is symmetric in the paper's list: its queries and documents are questions or titles alike.
@@ -101,7 +102,7 @@ def _instruction(task: AbsTask) -> TaskInstruction:
     if isinstance(prompt, dict):
         default = TaskInstruction(prompt.get("query", ""), prompt.get("document", ""))
     else:
-        default = TaskInstruction(prompt, "" if is_asymmetric else prompt)
+        default = TaskInstruction(prompt, "" if isinstance(task, AbsTaskRetrieval) else prompt)
     if not isinstance(task, AbsTaskAggregate):  # which embeds nothing itself
         logger.warning("%s has no instruction; mteb's default is used: %r", task.metadata.name, default.query)
     return default

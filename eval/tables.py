@@ -28,6 +28,8 @@ def read_table(file: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str
     if file.suffix not in BUILDERS:
         raise ValueError(f"{file}: unknown dataset layout: {file.suffix!r} is not .jsonl, .csv or .parquet")
     options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
+    if BUILDERS[file.suffix] == "csv":
+        options["keep_default_na"] = False  # "NA" and "null" are texts
     try:
         table = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
     except Exception as error:

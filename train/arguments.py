@@ -50,6 +50,8 @@ class DataArguments:
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
         self.datasets = [as_source(entry) for entry in self.datasets]
+        if self.eval_names is not None and self.eval_tasks is None:
+            raise ValueError(f"eval_names is {self.eval_names} but there is no eval_tasks to take them from")
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length!r}; it must be a number of tokens, 1 or more")
         if not isinstance(self.num_negatives, int) or self.num_negatives < 0:

@@ -71,7 +71,7 @@ def fetch_base(folder: Path) -> str:
 def evaluate(checkpoint: Path) -> dict[str, float]:
     """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
     output_dir = RUN / "scores" / checkpoint.name
-    scores = run(EvaluationArguments(str(checkpoint), str(output_dir), [TASKS], max_length=MAX_LENGTH))["tasks"]
+    scores = run(EvaluationArguments(str(checkpoint), str(output_dir), tasks=[TASKS], max_length=MAX_LENGTH))["tasks"]
     return {"nDCG@10": 100 * scores["held_out"], "V-measure": 100 * scores["modules"]}
 
 

@@ -87,10 +87,19 @@ class EmbeddingTrainer(Trainer):
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Main scores of the held-out tasks, which `LocalTasksCallback` measures; every process has them."""
+        """Main scores of the held-out tasks, which `LocalTasksCallback` measures; every process has them.
+
+        Raises:
+            ValueError: the trainer was made without tasks, or others than those are asked for.
+        """
+        if self.eval_dataset is None or (eval_dataset is not None and eval_dataset is not self.eval_dataset):
+            raise ValueError(
+                "the trainer measures the tasks that it was made with: EmbeddingTrainer(eval_dataset=tasks)"
+            )
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": score for key, score in metrics.items()}
         self.log(metrics)
         self._clock += time.perf_counter() - start  # tokens/s counts training alone
         return metrics

@@ -56,7 +56,10 @@ def data(tmp_path):
     judgements = [(f"q{i}", f"d{d}", 1 + d % 2) for i in range(12) for d in rng.sample(range(90), 1 + i % 5)]
     lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, judgement)) for judgement in judgements)]
     (root / "retrieval" / "qrels" / "test.tsv").write_text("\n".join(lines))
-    ranked = [{"query": f"{q}?", "positive": rng.sample(texts, 2), "negative": rng.sample(texts, 6)} for q in queries]
+    ranked = [
+        {"query": f"{q}?", "positive": rng.sample(texts[:45], 2), "negative": rng.sample(texts[45:], 6)}
+        for q in queries
+    ]
     write_rows(root / "reranking" / "test.jsonl", ranked)
     kinds = {"retrieval": "Retrieval", "reranking": "Reranking", "classification": "Classification"}
     kinds |= {"clustering": "Clustering", "sets": "Clustering", "sts": "STS", "pairs": "PairClassification"}

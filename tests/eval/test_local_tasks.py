@@ -21,21 +21,29 @@ from nvembed.eval.select_tasks import instructions_for
 SEED = 42  # mteb's
 
 
+def score_of(task, embed):
+    model = LoadedModel("tests/model", "r1", embed)
+    results = measure([task], TaskEncoder(model, embed, instructions_for([task])))
+    return main_score(task, results[task.metadata.name])
+
+
 @pytest.fixture
 def score(data, embed):
     """The harness's main score of the local task of a name."""
 
     def run(name):
         (task,) = read_tasks(str(data / "tasks.yaml"), [name])
-        model = LoadedModel("tests/model", "r1", embed)
-        results = measure([task], TaskEncoder(model, embed, instructions_for([task])))
-        return main_score(task, results[name])
+        return score_of(task, embed)
 
     return run
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, *table):
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
 
 
 def cosine(a, b):
@@ -86,6 +94,13 @@ def test_reranking_is_mean_average_precision_by_a_loop(data, score, vectors, emb
     assert {prefix for _, prefix in embed.calls} == {"Instruct: Do reranking\nQuery: "}, "symmetric, as in the paper"
 
 
+def test_equal_similarities_do_not_favour_the_positives(data):
+    """As in mteb's own conversion of these columns: two positives come behind six negatives."""
+    (task,) = read_tasks(str(data / "tasks.yaml"), ["reranking"])
+    expected = (1 / 7 + 2 / 8) / 2
+    assert score_of(task, lambda texts, prefix: np.ones((len(texts), 4), np.float32)) == round(expected, 5)
+
+
 def test_classification_is_logistic_regression_on_eight_per_label(data, score, vectors):
     train, test = (rows(data / "classification" / f"{split}.jsonl") for split in ("train", "test"))
     order, accuracies = list(range(len(train))), []
@@ -106,7 +121,7 @@ def test_classification_is_logistic_regression_on_eight_per_label(data, score, v
     assert actual == pytest.approx(np.mean(accuracies), abs=1e-6)
 
 
-def test_clustering_is_bootstrapped_k_means(data, score, vectors):
+def test_clustering_is_bootstrapped_k_means(data, score, vectors, embed):
     table = rows(data / "clustering" / "test.jsonl")
     embeddings, labels = vectors([row["text"] for row in table]), np.array([row["label"] for row in table])
     generator, measures = random.Random(SEED), []
@@ -117,7 +132,8 @@ def test_clustering_is_bootstrapped_k_means(data, score, vectors):
     actual = score("clustering")
     assert 0.05 < actual < 0.98
     assert actual == pytest.approx(np.mean(measures), abs=1e-6)
-    assert score("clustering") == actual, "a second evaluation in one process samples as the first"
+    (task,) = read_tasks(str(data / "tasks.yaml"), ["clustering"])
+    assert score_of(task, embed) == score_of(task, embed) == actual, "a second evaluation samples as the first"
 
 
 def test_sets_are_clustered_one_by_one(data, score, vectors):
@@ -171,6 +187,22 @@ def test_beir_folder_to_rerank(data, embed):
     assert result.scores["test"][0]["map_at_1000"] == main_score(task, result) > 0
 
 
+def test_pairs_as_one_row_of_lists(data, score):
+    """MTEB's older layout."""
+    table, one_by_one = rows(data / "pairs" / "test.jsonl"), score("pairs")
+    nested = {"sentence1": [r["sentence1"] for r in table], "sentence2": [r["sentence2"] for r in table]}
+    write(data / "pairs" / "test.jsonl", {**nested, "labels": [r["label"] for r in table]})
+    assert score("pairs") == one_by_one
+
+
+def test_words_that_pandas_takes_for_nothing(data):
+    (data / "csv").mkdir()
+    (data / "csv" / "test.csv").write_text("sentence1,sentence2,score\nNA,null,1.5\na,b,2\n")
+    (data / "tasks.yaml").write_text("tasks: [{type: STS, path: csv}]")
+    (task,) = read_tasks(str(data / "tasks.yaml"))
+    assert task.dataset["default"]["test"][0] == {"sentence1": "NA", "sentence2": "null", "score": 1.5}
+
+
 def test_csv_and_parquet(data, embed):
     from datasets import Dataset
 
@@ -215,6 +247,7 @@ def test_a_change_of_the_data_is_another_revision(data):
         ("tasks: [{type: STS, path: sts, split: 5}]", "split is 5 of type int, not a string"),
         ("tasks: [{type: STS, path: sts, name: a/b}]", "name is 'a/b'; results are files of that name"),
         ("tasks: [{type: STS, path: sts}, {type: STS, path: sts}]", "two tasks are called 'sts'"),
+        ("tasks: [{type: STS, path: sts, name: model_meta}]", "name is 'model_meta', which mteb writes"),
         ("tasks: [{type: STS, path: sts, split: dev}]", "no dev.jsonl, .csv or .parquet for task 'sts'; found"),
         ("tasks: [{type: STS, path: pairs}]", r'test.jsonl:1: "score" is missing; found'),
         ("tasks: [{type: Retrieval, path: sts}]", "is not in BEIR layout"),
@@ -231,6 +264,20 @@ def test_bad_tasks_files(data, content, words):
     ("name", "file", "row", "words"),
     [
         ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "b", "score": "x"}, "jsonl:1: \"score\" is 'x', not"),
+        ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "b", "score": True}, '"score" is True, not a number'),
+        ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "b", "score": math.nan}, '"score" is nan, not'),
+        ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "b", "score": 1}, "all scores of .* are the same"),
+        ("pairs", "pairs/test.jsonl", {"sentence1": "a", "sentence2": "b", "label": 1}, "has one pair; at least two"),
+        ("pairs", "pairs/test.jsonl", {"sentence1": ["a"], "sentence2": [], "label": [1]}, "not of the same length"),
+        ("classification", "classification/train.jsonl", {"text": "a", "label": "b"}, "all texts of .* the label 'b'"),
+        (
+            "clustering",
+            "clustering/test.jsonl",
+            {"sentences": [1], "labels": [2]},
+            r'test.jsonl:1\[0\]: "sentences" is 1',
+        ),
+        ("clustering", "clustering/test.jsonl", {"sentences": [], "labels": []}, "of the same length, 1 or more"),
+        ("clustering", "clustering/test.jsonl", {"sentences": ["a"], "labels": [None]}, '"labels" is None; it must be'),
         ("sts", "sts/test.jsonl", {"sentence1": 5, "sentence2": "b", "score": 1}, 'jsonl:1: "sentence1" is 5 of type'),
         ("pairs", "pairs/test.jsonl", {"sentence1": "a", "sentence2": "b", "label": 2}, '"label" is 2; a pair is 1'),
         ("pairs", "pairs/test.jsonl", {"sentence1": "a", "sentence2": "b"}, '"label" is missing'),
@@ -261,6 +308,11 @@ def test_empty_files_and_unknown_names(data):
         read_tasks(str(data / "tasks.yaml"), ["nothing"])
     with pytest.raises(ValueError, match="none.yaml does not exist"):
         read_tasks(str(data / "none.yaml"))
+    with pytest.raises(ValueError, match="data cannot be read: .*directory"):
+        read_tasks(str(data))
+    write(data / "clustering" / "test.jsonl", {"text": "a", "label": "b"}, {"text": ["a"], "label": ["b"]})
+    with pytest.raises(ValueError, match="some rows of split 'test' hold one text, others a list"):
+        read_tasks(str(data / "tasks.yaml"), ["clustering"])
 
 
 def test_documents_to_rerank_must_exist(data):
@@ -268,6 +320,7 @@ def test_documents_to_rerank_must_exist(data):
     file = data / "retrieval" / "top_ranked" / "test.jsonl"
     (data / "tasks.yaml").write_text("tasks: [{type: Reranking, path: retrieval}]")
     for row, words in (
+        ({"query-id": "q0", "corpus-ids": None}, 'jsonl:1: "corpus-ids" is None, not a list'),
         ({"query-id": "q0", "corpus-ids": ["d99"]}, "jsonl:1: document 'd99' does not exist"),
         ({"query-id": "q0", "corpus-ids": ["d1"]}, "query 'q1' of the qrels has no documents to rerank"),
     ):

@@ -7,7 +7,18 @@ from importlib.resources import files
 import pytest
 from huggingface_hub import ModelCard
 
-from nvembed.eval.report import COLORS, HATCHES, Run, average_rows, card_metadata, compare, main, read_run, task_rows
+from nvembed.eval.report import (
+    COLORS,
+    HATCHES,
+    Run,
+    average_rows,
+    card_metadata,
+    compare,
+    main,
+    read_run,
+    task_rows,
+    write_report,
+)
 from nvembed.eval.results import CATEGORIES
 
 
@@ -91,6 +102,24 @@ def test_files(released, run_folder, tmp_path, monkeypatch, capsys):
     assert "| NV-Embed-v1 | 59.36 |" in capsys.readouterr().out
 
 
+def test_odd_runs(run_folder, tmp_path):
+    """Nothing in common, a bar in a name, a local task with the name of the paper's, an aggregated task."""
+    runs = [Run("a|b", {"t": 1.0}, {"t": "STS"}), Run("c", {"u": -9.0}, {"u": "Retrieval"})]
+    write_report(runs, str(tmp_path / "odd"))
+    assert "a\\|b" in (tmp_path / "odd" / "report.md").read_text()
+
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["details"]["SciFact"]["dataset"] = "my_folder"
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    (run_folder / "results" / "me__model" / "abc" / "mine.json").write_text('{"evaluation_time": null}')
+    run = read_run(str(run_folder))
+    assert run.seconds == {"SciFact": 90.0, "mine": 0.0}
+    assert list(compare([run]).averages) == ["me/model"], "one's own SciFact is not compared with the paper's"
+    run.details["SciFact"] |= {"dataset": None, "dataset_revision": None}
+    result = ModelCard(f"---\n{card_metadata(run)}---\n").data.eval_results[0]
+    assert (result.dataset_name, result.dataset_type) == ("MTEB SciFact", "mteb/SciFact")
+
+
 def test_metadata_is_read_by_the_hubs_own_parser(run_folder):
     card = ModelCard(f"---\n{card_metadata(read_run(str(run_folder)))}---\n# A card\n")
     found = {(r.dataset_name, r.metric_type): r for r in card.data.eval_results}
@@ -146,6 +175,9 @@ def test_bad_input(released, run_folder, tmp_path, monkeypatch):
     (run_folder / "summary.json").unlink()
     with pytest.raises(ValueError, match="summary.json does not exist: the run is not finished"):
         read_run(str(run_folder))
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match="empty.json is neither .*it is empty"):
+        read_run(str(tmp_path / "empty.json"))
     one, other = Run("a", {"t": 1.0}, {"t": "STS"}), Run("b", {"t": 1.0}, {"t": "Retrieval"})
     with pytest.raises(ValueError, match="t is of type STS in one run and Retrieval in b"):
         compare([one, other])

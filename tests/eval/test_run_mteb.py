@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mteb
 import numpy as np
@@ -19,7 +20,7 @@ from nvembed import NVEmbedModel
 from nvembed.eval import run_mteb
 from nvembed.eval.instructions import TaskInstruction, paper_instructions
 from nvembed.eval.models import fingerprint, load_model, readable
-from nvembed.eval.results import category_averages, claim_folder
+from nvembed.eval.results import category_averages, claim_folder, main_score
 from nvembed.eval.run_mteb import EvaluationArguments, run
 from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
@@ -181,6 +182,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds files that are not of an evaluation"):
         claim_folder(str(tmp_path), {"model": "m"}, {})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="run.json does not say what was measured"):
+        claim_folder(str(tmp_path / "run"), {"model": "m"}, {})
     with pytest.raises(ValueError, match="thesis.tex is a file; name a folder"):
         claim_folder(str(tmp_path / "thesis.tex"), {"model": "m"}, {})
 
@@ -234,6 +239,8 @@ def test_a_task_without_an_instruction_has_mtebs_default_with_a_warning(caplog, 
     instruction = instructions_for([task])["LEMBPasskeyRetrieval"]
     assert instruction == TaskInstruction("Retrieve text based on user query.", "")
     assert "LEMBPasskeyRetrieval has no instruction; mteb's default is used: 'Retrieve text based" in caplog.text
+    (task,) = select_tasks(["News21InstructionRetrieval"])
+    assert instructions_for([task])["News21InstructionRetrieval"].document == "", "whatever the type is called"
     (data / "tasks.yaml").write_text("tasks: [{type: Clustering, path: clustering}]")
     instruction = instructions_for(select_tasks([str(data / "tasks.yaml")]))["clustering"]
     assert instruction == TaskInstruction(*["Identify categories in user passages."] * 2)
@@ -259,6 +266,20 @@ def test_a_local_task_with_the_name_of_another(data):
     with pytest.raises(ValueError, match="two tasks are called 'STS12'; give the local one another"):
         select_tasks(["STS12", str(data / "tasks.yaml")])
     assert len(select_tasks(["STS12", "STS12"])) == 1
+    for name, instruction in (("a", "One"), ("b", "Two")):
+        (data / f"{name}.yaml").write_text(f"tasks: [{{type: STS, path: sts, instruction: {instruction}}}]")
+    with pytest.raises(ValueError, match="two tasks are called 'sts'"):
+        select_tasks([str(data / "a.yaml"), str(data / "b.yaml")])
+    assert len(select_tasks([str(data / "a.yaml")] * 2)) == 1
+
+
+def test_only_the_subsets_asked_for_count():
+    (task,) = select_tasks(["STS17"])
+    parts = [{"hf_subset": subset, "main_score": score} for subset, score in (("en-en", 0.75), ("ko-ko", 0.25))]
+    assert main_score(task, SimpleNamespace(scores={"test": parts})) == 0.75
+    parts[0]["main_score"] = math.nan
+    with pytest.raises(ValueError, match="STS17 has the score nan"):
+        main_score(task, SimpleNamespace(scores={"test": parts}))
 
 
 def test_categories_come_in_the_papers_order():
@@ -331,9 +352,7 @@ def test_an_aggregated_task_is_the_mean_of_its_parts(hub, arguments, tmp_path):
         qrels = (folder / "qrels" / "test.jsonl").read_text().splitlines()
         (folder / "qrels" / "test.jsonl").write_text("\n".join(qrels[i % 9 :]))
     summary = run(arguments(tasks=["CQADupstackRetrieval"], max_length=512))
-    parts = [
-        json.loads(path.read_text()) for path in (tmp_path / "out").glob("results/*/*/CQADupstack*.json")
-    ]
+    parts = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("results/*/*/CQADupstack*.json")]
     scores = {part["task_name"]: part["scores"]["test"][0]["main_score"] for part in parts}
     mean = scores.pop("CQADupstackRetrieval")
     assert len(scores) == 12
@@ -396,6 +415,23 @@ def test_a_baseline_keeps_its_own_prompts(baseline, arguments, data):
     assert instructed["tasks"]["sts"] != pytest.approx(expected, abs=1e-4)
 
 
+def test_a_baselines_own_similarity(baseline, arguments, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(baseline), device="cpu", similarity_fn_name="dot")
+    model.save_pretrained(str(tmp_path / "dot"))
+    tasks = select_tasks(arguments().tasks)
+    expected = mteb.evaluate(model, [t for t in tasks if t.metadata.name == "retrieval"], cache=None)
+    by_dot, by_cosine = (
+        run(arguments(f"out-{m.name}", model=str(m)))["tasks"]["retrieval"] for m in (tmp_path / "dot", baseline)
+    )
+    assert by_dot == expected[0].scores["test"][0]["main_score"] != by_cosine
+    model.similarity_fn_name = "euclidean"
+    model.save_pretrained(str(tmp_path / "euclidean"))
+    with pytest.raises(ValueError, match="compares by 'euclidean'; cosine and dot can be measured here"):
+        load_model(str(tmp_path / "euclidean"))
+
+
 def test_a_baseline_is_cut_at_max_length(baseline):
     long = ["word " * 100]
     short, whole = (load_model(str(baseline), max_length=length).embed(long, "") for length in (8, 512))
@@ -420,7 +456,7 @@ def test_embeddings_that_are_not_finite_have_no_score(checkpoint, arguments, tmp
 def test_texts_that_encode_refuses_are_mended(checkpoint):
     texts = ["a\0b", "half \ud83d", "whole \U0001f600"]
     assert [readable(text) for text in texts] == ["a b", "half �", "whole \U0001f600"]
-    load_model(str(checkpoint)).embed([readable(text) for text in texts], "")
+    load_model(str(checkpoint)).embed(texts, "")
 
 
 def test_errors_are_one_line_on_the_command_line(checkpoint, tmp_path):

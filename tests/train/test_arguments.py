@@ -62,6 +62,7 @@ def test_datasets_on_the_command_line_are_paths(tmp_path):
         ("num_negatives: 1.5\n", "num_negatives is 1.5"),
         ("temperature: 0\n", "temperature is 0"),
         ("num_negatives: -1\n", "num_negatives is -1"),
+        ("eval_names: [a]\n", r"eval_names is \['a'\] but there is no eval_tasks"),
     ],
 )
 def test_bad_recipes_are_named(tmp_path, text, words):

@@ -113,9 +113,15 @@ def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, tasks_file):
     (evaluation,) = [log for log in history if "eval_halves" in log]
     assert evaluation["step"] == 2
     trainer.save_merged()
-    measured = run(EvaluationArguments(str(tmp_path / "out"), str(tmp_path / "scores"), [str(tasks_file)]))
+    measured = run(EvaluationArguments(str(tmp_path / "out"), str(tmp_path / "scores"), tasks=[str(tasks_file)]))
     assert evaluation["eval_halves"] == evaluation["eval_average"] == measured["tasks"]["halves"]
     assert 0.3 < measured["average"] < 1
+    assert trainer.evaluate(metric_key_prefix="test") == {
+        "test_halves": measured["average"],
+        "test_average": measured["average"],
+    }
+    with pytest.raises(ValueError, match="measures the tasks that it was made with"):
+        trainer.evaluate(read_tasks(tasks_file))
 
 
 def test_evaluation_leaves_the_training_as_it_is(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
