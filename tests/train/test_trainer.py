@@ -116,10 +116,8 @@ def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, tasks_file):
     measured = run(EvaluationArguments(str(tmp_path / "out"), str(tmp_path / "scores"), tasks=[str(tasks_file)]))
     assert evaluation["eval_halves"] == evaluation["eval_average"] == measured["tasks"]["halves"]
     assert 0.3 < measured["average"] < 1
-    assert trainer.evaluate(metric_key_prefix="test") == {
-        "test_halves": measured["average"],
-        "test_average": measured["average"],
-    }
+    again = trainer.evaluate(metric_key_prefix="test")
+    assert again["test_halves"] == again["test_average"] == measured["average"]
     with pytest.raises(ValueError, match="measures the tasks that it was made with"):
         trainer.evaluate(read_tasks(tasks_file))
 
