@@ -106,8 +106,8 @@ def run(args: AirBenchArguments) -> Path | None:
         ValueError: as `load_model` and `claim_folder`, or a task type, domain or split that AIR-Bench does not have.
         ConnectionError: the Hub cannot be reached for a data set.
     """
-    languages = {"languages": ["en"], "splits": args.splits}
-    benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **languages)
+    options = {"languages": ["en"], "splits": args.splits}
+    benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **options)
     model = args.load()
     with split_over_processes(model.embed) as embed:
         if embed is None:
