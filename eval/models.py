@@ -184,7 +184,7 @@ def fingerprint(folder: Path) -> str:
         modules = json.loads((folder / "modules.json").read_text())
         folders += [folder / module["path"] for module in modules if module["path"]]
     digest = hashlib.sha256()
-    for path in sorted(path for place in folders for path in place.iterdir()):
+    for path in sorted(path for place in folders for path in place.glob("*")):  # a Normalize module has no folder
         if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".py"):
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())

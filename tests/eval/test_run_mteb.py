@@ -195,6 +195,12 @@ def test_a_model_is_known_by_its_files(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("a card")
     assert fingerprint(tmp_path / "copy") == first
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]  # the last without a folder, as often
+    (tmp_path / "copy" / "modules.json").write_text(json.dumps(modules))
+    before = fingerprint(tmp_path / "copy")
+    (tmp_path / "copy" / "1_Pooling").mkdir()
+    (tmp_path / "copy" / "1_Pooling" / "config.json").write_text("{}")
+    assert fingerprint(tmp_path / "copy") != before
     (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
     assert fingerprint(tmp_path / "copy") != first
 
