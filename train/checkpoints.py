@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.logging import tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.instructions import paper_instructions
 from nvembed.modeling_nvembed import (
     NVEmbedModel,
     check_tensors,
@@ -188,9 +188,9 @@ def paper_prompts() -> dict[str, str]:
     The second name is for mteb, which gives a prompt under the bare name of the task to queries and documents alike.
     """
     prompts = {}
-    for task, entry in json.loads((files("nvembed.eval") / "instructions.json").read_text()).items():
-        prompts[task] = format_instruction(entry.get("query") or entry["text"])
-        if entry.get("corpus") == "":
+    for task, instruction in paper_instructions().items():
+        prompts[task] = format_instruction(instruction.query)
+        if not instruction.document:
             prompts[f"{task}-document"] = ""
     prompts["Summarization"] = prompts["SUMM"]  # mteb's name of the released SUMM
     return prompts
