@@ -1,9 +1,15 @@
 """Runs tasks on a model through mteb, each kept as soon as it is done."""
 
+import atexit
 import logging
 import random
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import datasets
 import mteb
 import numpy as np
 from huggingface_hub import constants
@@ -70,7 +76,9 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
                 task.unload_data()  # the next one may be large
     if failures:
         reasons = "".join(f"\n  {name}: {error}" for name, error in failures.items())
-        raise TasksNotLoadedError(f"{len(failures)} tasks were not measured, so there is no average:{reasons}")
+        raise TasksNotLoadedError(
+            f"not measured, so there is no average: {len(failures)} of {len(plan)} tasks{reasons}"
+        )
     return {task.metadata.name: results[task.metadata.name] for task in tasks}
 
 
@@ -86,13 +94,30 @@ def load(task: AbsTask) -> None:
     Raises:
         ConnectionError: the Hub cannot be reached.
     """
+    path = task.metadata.dataset["path"]
     try:
-        task.load_data()
+        if not task.data_loaded and Path(path).is_dir():
+            logger.warning("%s: the data is that of the folder ./%s, not the Hub's", task.metadata.name, path)
+            with fresh_cache():
+                task.load_data()
+        else:
+            task.load_data()
     except ConnectionError as error:
-        path = task.metadata.dataset["path"]
         raise unreachable(
             f"{task.metadata.name} (data set {path!r}, revision {task.metadata.revision})", error
         ) from error
+
+
+@contextmanager
+def fresh_cache() -> Iterator[None]:
+    """`datasets` without its cache, which knows a local folder by its name and misses that its files have changed."""
+    folder, usual = tempfile.mkdtemp(prefix="nvembed-"), datasets.config.HF_DATASETS_CACHE
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not before: tables are read from it
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = usual
 
 
 def unreachable(what: str, error: Exception | str) -> ConnectionError:

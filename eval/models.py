@@ -161,6 +161,9 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
     Raises:
         ValueError: neither a folder nor a Hub model is there.
     """
+    folder = Path(model)
+    if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir()):  # else it may be a Hub's owner/name
+        raise ValueError(f"--model {model!r}: there is no such folder")
     quiet = {"_raise_exceptions_for_missing_entries": False}
     try:
         for file in ("config.json", "modules.json"):
@@ -172,7 +175,7 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
         raise ValueError(
             f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives: {error}"
         ) from error
-    if Path(model).is_dir():
+    if folder.is_dir():
         raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
     raise ValueError(f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives")
 

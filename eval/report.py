@@ -121,6 +121,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     released = {task: reference["tasks"][task]["score"] for task in types if task in measured}
     averages = {run.name: _averages(run.tasks, types) for run in runs}
     if released:
+        stated_names = reference["averages"].keys() - {run.name for run in runs}
         same = {"NV-Embed-v2": _averages(released, types)}  # of these tasks, where the paper's averages are over others
         for name, stated in reference["averages"].items():
             averages[name] = {
@@ -129,7 +130,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
                 else same.get(name, {}).get(column)
                 for column in same["NV-Embed-v2"]
             }
+        averages = {name: row for name, row in averages.items() if name not in stated_names or any_value(row)}
     return Comparison(list(runs), types, averages, released)
+
+
+def any_value(row: dict[str, float | None]) -> bool:
+    return any(score is not None for score in row.values())
 
 
 def _tasks(types: dict[str, str], column: str) -> set[str]:
@@ -198,12 +204,12 @@ def markdown_report(comparison: Comparison) -> str:
     notes = [
         "Percent. A category is the mean of its tasks, the average the mean of all tasks; - where tasks are lacking."
     ]
-    if comparison.released:
+    if len(comparison.averages) > len(comparison.runs):
         notes.append(
             "NV-Embed-v1, v2 and E5-mistral-7b: the paper's averages where they are over the same tasks, elsewhere "
             "NV-Embed-v2's released scores, averaged."
         )
-    else:
+    elif not comparison.released:
         notes.append("None of these tasks is the paper's, so its models have no row.")
     return (
         f"# Scores\n\n{' '.join(notes)}\n\n![Averages by category](report.png)\n\n"
@@ -218,14 +224,16 @@ def draw(comparison: Comparison, path: Path) -> None:
     """Bars per category and for the average, one colour and hatch per model, legend below.
 
     Raises:
-        ValueError: more models than colours.
+        ValueError: no average, or more models than colours.
     """
     import matplotlib.pyplot as plt
 
-    models = comparison.averages
+    models = {name: row for name, row in comparison.averages.items() if any_value(row)}
+    if not models:
+        raise ValueError("these runs have no category of tasks in common, so no average; report each alone")
     if len(models) > len(COLORS):
         raise ValueError(f"{len(models)} models do not fit into one chart of {len(COLORS)} colours; report fewer runs")
-    columns = [*comparison.categories, "average"]
+    columns = [c for c in [*comparison.categories, "average"] if any(row[c] is not None for row in models.values())]
     width = 0.8 / len(models)
     figure, axes = plt.subplots(
         figsize=(max(7.0, 0.28 * len(columns) * (len(models) + 1.5)), 4.8), layout="constrained"
@@ -238,8 +246,9 @@ def draw(comparison: Comparison, path: Path) -> None:
         axes.bar_label(bars, fmt="%.1f", rotation=90, padding=3, fontsize=7)
     labels = [_label(column, len(_tasks(comparison.types, column))) for column in columns]
     axes.set_xticks(range(len(columns)), labels, fontsize=9)
-    axes.axvline(len(columns) - 1.5, color="#bbbbbb", linewidth=0.8)
-    lowest = min((s for averages in models.values() for s in averages.values() if s is not None), default=0.0)
+    if columns[-1] == "average":
+        axes.axvline(len(columns) - 1.5, color="#bbbbbb", linewidth=0.8)
+    lowest = min(score for row in models.values() for score in row.values() if score is not None)
     axes.set_ylim(min(0.0, 1.3 * lowest), 112)  # a rank correlation can be negative
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("score, percent")

@@ -1,18 +1,18 @@
 """The folder that an evaluation writes: what was measured and how, mteb's results, the summary.
 
 ```
-run.json                          model, revision, settings; instruction of each task
+run.json                          model, revision, settings; what decides each task, such as its instruction
 results/<model>/<revision>/       mteb's own files, one per task, written as soon as it is done
 summary.json                      scores, category averages, average
 ```
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -38,45 +38,64 @@ def write_json(path: Path, content) -> None:
     os.replace(partial, path)
 
 
-def claim_folder(output_dir: str, settings: Mapping, instructions: Mapping[str, TaskInstruction]) -> Path:
+def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping]) -> Path:
     """A folder for results of one model at one revision with one setting each; run again, the same folder resumes.
 
     Args:
-        settings: model, revision and whatever else changes scores.
-        instructions: by task; one that differs is wrong only where a result was measured with the earlier one.
+        settings: model, revision and whatever else changes all scores.
+        tasks: what changes the scores of one task, see `conditions`; binds only where a result was measured with it.
 
     Raises:
         ValueError: the folder holds results of another model, revision, setting or instruction; nothing is changed.
     """
-    folder, record = Path(output_dir), {"settings": dict(settings), "instructions": {}}
+    folder, record = Path(output_dir), {"settings": dict(settings), "tasks": {}}
     file = folder / "run.json"
     if file.is_file():
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            record["settings"].items(), record["instructions"].items()
+            record["settings"].items(), record["tasks"].items()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} does not say what was measured ({error!r}); name another --output_dir") from None
-        for key in sorted(settings.keys() | record["settings"].keys()):
-            there, now = record["settings"].get(key), settings.get(key)
-            if there != now:
-                raise ValueError(
-                    f"{folder} holds results with {key} {there!r}, this run has {now!r}; name another --output_dir"
-                )
+        _check_same(f"{folder} holds results", record["settings"], settings)
     elif folder.is_file():
         raise ValueError(f"--output_dir {folder} is a file; name a folder")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not of an evaluation; name another --output_dir")
     measured = {path.stem for path in folder.glob("results/*/*/*.json")}
-    for task, instruction in instructions.items():
-        earlier = record["instructions"].get(task, asdict(instruction))
-        record["instructions"][task] = asdict(instruction)
-        if earlier != asdict(instruction) and task in measured:
-            raise ValueError(
-                f"{folder} holds {task} with the instruction {earlier['query']!r}, this run has "
-                f"{instruction.query!r}; name another --output_dir"
-            )
-    write_json(file, record)
+    for task in tasks.keys() & measured & record["tasks"].keys():
+        _check_same(f"{folder} holds {task}", record["tasks"][task], tasks[task])
+    write_json(file, record | {"tasks": record["tasks"] | {task: dict(known) for task, known in tasks.items()}})
     return folder
+
+
+def _check_same(what: str, there: Mapping, now: Mapping) -> None:
+    for key in sorted(there.keys() | now.keys()):
+        if there.get(key) != now.get(key):
+            raise ValueError(
+                f"{what} with {key} {there.get(key)!r}, this run has {now.get(key)!r}; name another --output_dir"
+            )
+
+
+def conditions(task: AbsTask, instruction: TaskInstruction | None) -> dict:
+    """What decides a task's scores beside the model: instructions, and a copy of its data that stands for the Hub's."""
+    known = {}
+    if instruction is not None:
+        known |= {"instruction": instruction.query, "instruction of documents": instruction.document}
+    if (digest := copy_of_data(task)) is not None:
+        known["data of the folder"] = digest
+    return known
+
+
+def copy_of_data(task: AbsTask) -> str | None:
+    """A digest of the folder ./<data set>, which `datasets` takes instead of the Hub's; None where there is none."""
+    folder = Path(task.metadata.dataset.get("path", ""))
+    if hasattr(task, "instruction") or isinstance(task, AbsTaskAggregate) or not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask]) -> None:
@@ -121,16 +140,6 @@ def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model
     """`summary.json`: scores 0 to 1, averaged as the paper does: a category over its tasks, the last over all tasks."""
     scores = {task.metadata.name: main_score(task, results[task.metadata.name]) for task in tasks}
     types = {task.metadata.name: task.metadata.type for task in tasks}
-    details = {
-        task.metadata.name: {
-            "type": task.metadata.type,
-            "metric": task.metadata.main_score,
-            "splits": list(task.eval_splits),
-            "dataset": None if isinstance(task, AbsTaskAggregate) else task.metadata.dataset["path"],
-            "dataset_revision": None if isinstance(task, AbsTaskAggregate) else task.metadata.revision,
-        }
-        for task in tasks
-    }
     return {
         "tasks": scores,
         "categories": category_averages(scores, types),
@@ -138,8 +147,17 @@ def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model
         "model": model.name,
         "revision": model.revision,
         "mteb": mteb.__version__,
-        "details": details,
+        "details": {task.metadata.name: describe(task) for task in tasks},
     }
+
+
+def describe(task: AbsTask) -> dict:
+    """What a score is of: type, metric, splits, data set and its revision, which an aggregated task has not."""
+    known = {"type": task.metadata.type, "metric": task.metadata.main_score, "splits": list(task.eval_splits)}
+    if isinstance(task, AbsTaskAggregate):
+        return known | {"dataset": None, "dataset_revision": None}
+    revision = copy_of_data(task) or task.metadata.revision
+    return known | {"dataset": task.metadata.dataset["path"], "dataset_revision": revision}
 
 
 def category_averages(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:

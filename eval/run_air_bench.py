@@ -158,6 +158,7 @@ def remove_half_written(search_results: Path) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
     (args,) = HfArgumentParser(AirBenchArguments).parse_args_into_dataclasses()
     try:
         folder = run(args)

@@ -14,7 +14,7 @@ from mteb import ResultCache
 from transformers import HfArgumentParser
 
 from nvembed.eval import results
-from nvembed.eval.measure import measure
+from nvembed.eval.measure import is_measured, measure
 from nvembed.eval.models import ModelArguments, TaskEncoder
 from nvembed.eval.processes import split_over_processes
 from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
@@ -45,10 +45,15 @@ def run(args: EvaluationArguments) -> dict | None:
             return None
         instructions = instructions_for(tasks) if model.prompts is None else {}
         settings = args.settings(model) | {"mteb": mteb.__version__}
-        folder = results.claim_folder(args.output_dir, settings, instructions)
+        known = {task.metadata.name: task for task in with_parts(tasks)}
+        decisive = {name: results.conditions(task, instructions.get(name)) for name, task in known.items()}
+        folder = results.claim_folder(args.output_dir, settings, decisive)
         cache = ResultCache(folder)
-        results.check_cached(cache, model, with_parts(tasks))
-        measured = measure(tasks, TaskEncoder(model, embed, instructions), cache)
+        results.check_cached(cache, model, known.values())
+        encoder = TaskEncoder(model, embed, instructions)
+        if kept := sum(is_measured(task, encoder, cache) for task in tasks):
+            print(f"{kept} of {len(tasks)} tasks were measured before")
+        measured = measure(tasks, encoder, cache)
         summary = results.summarize(tasks, measured, model)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}
@@ -60,6 +65,7 @@ def run(args: EvaluationArguments) -> dict | None:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     try:
         run(args)

@@ -1,13 +1,19 @@
 """Tiny fixtures, made on the spot: a decoder of 3 layers, a tokenizer of 400 pieces, a checkpoint from both."""
 
 # ruff: noqa: E402
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for the Hub; libraries read this when they are imported
+# Libraries read these when they are imported. No test waits for the Hub, or leaves data sets in the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="nvembed-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

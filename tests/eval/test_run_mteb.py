@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,7 @@ def test_summary(arguments, tmp_path, capsys):
     assert f"average of 7 tasks{'':>48}{100 * summary['average']:.2f}".split() == printed.splitlines()[-1].split()[:-1]
 
 
-def test_a_killed_run_goes_on_where_it_was(arguments, checkpoint, data, tmp_path, embedded):
+def test_a_killed_run_goes_on_where_it_was(arguments, checkpoint, data, tmp_path, embedded, capsys):
     whole = run(arguments("whole"))
     process = subprocess.Popen(
         command(checkpoint, data / "tasks.yaml", tmp_path / "killed"),
@@ -101,6 +102,7 @@ def test_a_killed_run_goes_on_where_it_was(arguments, checkpoint, data, tmp_path
     embedded.clear()
     assert run(arguments("killed")) == whole
     assert embedded == [], "a finished run embeds nothing"
+    assert "7 of 7 tasks were measured before" in capsys.readouterr().out
 
 
 def test_a_result_cut_off_by_a_kill_is_measured_again(arguments, tmp_path, caplog):
@@ -120,7 +122,7 @@ def test_two_processes_measure_as_one(arguments, checkpoint, data, tmp_path):
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["tasks"] == pytest.approx(run(arguments("one"))["tasks"], abs=1e-3)
 
-    (tmp_path / "two" / "run.json").write_text('{"settings": {"model": "another"}, "instructions": {}}')
+    (tmp_path / "two" / "run.json").write_text('{"settings": {"model": "another"}, "tasks": {}}')
     failed = subprocess.run(two, capture_output=True, text=True, timeout=300)
     assert failed.returncode != 0, "and an error ends both processes"
     assert "holds results with" in failed.stderr
@@ -164,12 +166,12 @@ def test_another_revision_setting_or_instruction_is_refused(arguments, checkpoin
         run(arguments(max_length=32))
     text = (data / "tasks.yaml").read_text()
     (data / "tasks.yaml").write_text(text.replace("Do sts", "Be sts"))
-    with pytest.raises(ValueError, match="holds sts with the instruction 'Do sts', this run has 'Be sts'"):
+    with pytest.raises(ValueError, match="holds sts with instruction 'Do sts', this run has 'Be sts'"):
         run(arguments())
-    instruction = {"sts": TaskInstruction("Be sts")}
-    claim_folder(str(tmp_path / "new"), {}, {"sts": TaskInstruction("Do sts")})
-    claim_folder(str(tmp_path / "new"), {}, instruction)  # nothing was measured with the first one
-    assert json.loads((tmp_path / "new" / "run.json").read_text())["instructions"]["sts"]["query"] == "Be sts"
+    for instruction in ("Do sts", "Be sts"):  # nothing was measured with the first one
+        claim_folder(str(tmp_path / "new"), {}, {"sts": {"instruction": instruction}})
+    known = json.loads((tmp_path / "new" / "run.json").read_text())["tasks"]
+    assert known == {"sts": {"instruction": "Be sts"}}
     (data / "tasks.yaml").write_text(text)
     rows = (data / "sts" / "test.jsonl").read_text().splitlines()
     (data / "sts" / "test.jsonl").write_text("\n".join(rows[1:]))
@@ -349,6 +351,21 @@ def test_tasks_of_mteb_through_datasets(hub, arguments, checkpoint, caplog):
     assert 0.2 < summary["tasks"]["Banking77Classification"] <= 1
 
 
+def test_a_changed_copy_of_the_data_is_seen(hub, arguments, tmp_path):
+    """`datasets` knows a folder by its name; its cache would give the old rows."""
+    arguments = partial(arguments, tasks=["SciFact"])
+    first = run(arguments("first"))
+    file = tmp_path / "mteb" / "scifact" / "qrels" / "test.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
+    with pytest.raises(ValueError, match="holds SciFact with data of the folder '.*', this run has"):
+        run(arguments("first"))
+    second = run(arguments("second"))
+    assert second["tasks"] != first["tasks"]
+    revisions = [summary["details"]["SciFact"]["dataset_revision"] for summary in (first, second)]
+    (task,) = select_tasks(["SciFact"])
+    assert len({*revisions, task.metadata.revision}) == 3, "neither is the Hub's"
+
+
 def test_an_aggregated_task_is_the_mean_of_its_parts(hub, arguments, tmp_path):
     """CQADupstack: twelve forums, each a task with its own result, one score of the paper's 56."""
     (task,) = select_tasks(["CQADupstackRetrieval"])
@@ -381,7 +398,7 @@ def test_a_hub_that_cannot_be_reached(arguments, tmp_path, monkeypatch):
 
 def test_a_task_whose_data_is_wrong_does_not_stop_the_others(hub, arguments, tmp_path):
     shutil.rmtree(tmp_path / "mteb" / "scifact" / "qrels")
-    with pytest.raises(ValueError, match=r"1 tasks were not measured, so there is no average:\n  SciFact: "):
+    with pytest.raises(ValueError, match=r"not measured, so there is no average: 1 of 2 tasks\n  SciFact: "):
         run(arguments(tasks=["SciFact", "Banking77Classification"]))
     assert len(list((tmp_path / "out").glob("results/*/*/Banking77Classification.json"))) == 1
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -449,6 +466,9 @@ def test_no_model(tmp_path):
         load_model("no/such")
     with pytest.raises(ValueError, match="holds neither config.json nor modules.json"):
         load_model(str(tmp_path))
+    for path in (str(tmp_path / "none"), "./none", "tests/none"):
+        with pytest.raises(ValueError, match="none': there is no such folder"):
+            load_model(path)
 
 
 def test_embeddings_that_are_not_finite_have_no_score(checkpoint, arguments, tmp_path):
