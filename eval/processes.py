@@ -21,7 +21,8 @@ def split_over_processes(embed: Embed) -> Iterator[Embed | None]:
     files are its alone. With one process `embed` itself is given.
 
     Raises:
-        RuntimeError: on the main process, when another one failed; on the others, when the main one did.
+        RuntimeError: on the main process, when one failed to embed.
+        SystemExit: on the others, when the main process failed; it tells why.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield embed
@@ -74,7 +75,7 @@ def _serve(embed: Embed, group) -> None:
     while not isinstance(message := _scatter(None, group), _Stop):
         dist.gather_object(_attempt(embed, *message), group=group)
     if message.failed:
-        raise SystemExit(1)  # the main process tells why
+        raise SystemExit(1)
 
 
 def _attempt(embed: Embed, texts: list[str], prefix: str) -> np.ndarray | Exception | None:
