@@ -3,18 +3,21 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import transformers
 from accelerate import PartialState
 from huggingface_hub import constants
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
+from transformers import HfArgumentParser
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -22,8 +25,6 @@ from nvembed.eval.instructions import TaskInstruction
 from nvembed.eval.processes import Embed
 from nvembed.modeling_nvembed import NVEmbedModel, format_instruction
 
-
-logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens of a text with its instruction (paper section 5.1)
 
@@ -82,6 +83,18 @@ class ModelArguments:
         """What else than the data decides the scores."""
         settings = {"model": model.name, "revision": model.revision, "max_length": self.max_length}
         return settings | {"dtype": self.dtype, "instruct": self.instruct}
+
+
+def run_script(name: str, arguments: type[ModelArguments], run: Callable[[Any], Any]) -> Any:
+    """`run` with the arguments of the command line; what is wrong with them, or with the data, is one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
+    (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
+    try:
+        return run(args)
+    except (ValueError, ConnectionError) as error:
+        sys.exit(f"{name}: {error}")
 
 
 def load_model(
@@ -186,11 +199,17 @@ def fingerprint(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         modules = json.loads((folder / "modules.json").read_text())
         folders += [folder / module["path"] for module in modules if module["path"]]
+    files = (path for place in folders for path in place.glob("*"))  # a Normalize module has no folder
+    suffixes = (".safetensors", ".bin", ".json", ".txt", ".model", ".py")
+    return digest_files(folder, (path for path in files if path.suffix in suffixes))
+
+
+def digest_files(folder: Path, paths: Iterable[Path]) -> str:
+    """16 hexadecimal digits of the files' places below the folder, and of what they hold."""
     digest = hashlib.sha256()
-    for path in sorted(path for place in folders for path in place.glob("*")):  # a Normalize module has no folder
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".py"):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ summary.json                      scores, category averages, average
 ```
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nvembed.eval.instructions import TaskInstruction
-from nvembed.eval.models import LoadedModel
+from nvembed.eval.models import LoadedModel, digest_files
 
 
 logger = logging.getLogger(__name__)
@@ -91,11 +90,7 @@ def copy_of_data(task: AbsTask) -> str | None:
     folder = Path(task.metadata.dataset.get("path", ""))
     if hasattr(task, "instruction") or isinstance(task, AbsTaskAggregate) or not folder.is_dir():
         return None
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest_files(folder, (path for path in folder.rglob("*") if path.is_file()))
 
 
 def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask]) -> None:

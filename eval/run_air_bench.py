@@ -9,20 +9,17 @@ leaderboard's layout, to be handed in at https://huggingface.co/spaces/AIR-Bench
 import hashlib
 import json
 import logging
-import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import transformers
 from accelerate import PartialState
 from mteb.models.model_meta import ScoringFunction
-from transformers import HfArgumentParser
 
 from nvembed.eval.instructions import paper_instructions
 from nvembed.eval.measure import unreachable
-from nvembed.eval.models import LoadedModel, ModelArguments
+from nvembed.eval.models import LoadedModel, ModelArguments, run_script
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import claim_folder
 from nvembed.eval.search import embed_to_file, exact_search
@@ -156,14 +153,7 @@ def remove_half_written(search_results: Path) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
-    (args,) = HfArgumentParser(AirBenchArguments).parse_args_into_dataclasses()
-    try:
-        folder = run(args)
-    except (ValueError, ConnectionError) as error:
-        sys.exit(f"run_air_bench: {error}")
+    folder = run_script("run_air_bench", AirBenchArguments, run)
     if PartialState().is_main_process:
         print(f"search results and scores are in {folder}")
 

@@ -4,23 +4,16 @@ python eval/run_mteb.py --model DIR_OR_REPO --tasks "MTEB(eng, v1)" --output_dir
 accelerate launch eval/run_mteb.py --model DIR_OR_REPO --tasks SciFact my-tasks.yaml --output_dir OUT
 """
 
-import logging
-import sys
 from dataclasses import dataclass, field
 
 import mteb
-import transformers
 from mteb import ResultCache
-from transformers import HfArgumentParser
 
 from nvembed.eval import results
 from nvembed.eval.measure import is_measured, measure
-from nvembed.eval.models import ModelArguments, TaskEncoder
+from nvembed.eval.models import ModelArguments, TaskEncoder, run_script
 from nvembed.eval.processes import split_over_processes
 from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
-
-
-logger = logging.getLogger("run_mteb")
 
 
 @dataclass
@@ -62,16 +55,5 @@ def run(args: EvaluationArguments) -> dict | None:
         return summary
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
-    (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
-    try:
-        run(args)
-    except (ValueError, ConnectionError) as error:
-        sys.exit(f"run_mteb: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_script("run_mteb", EvaluationArguments, run)
