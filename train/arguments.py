@@ -36,6 +36,12 @@ class DataArguments:
     instruction: str = field(default="", metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient caching: tokens whose activations are held at once. None: those of the whole batch."
+        },
+    )
     eval_tasks: str | None = field(
         default=None,
         metadata={"help": "YAML file of local tasks (eval/local_tasks.py), measured every eval_steps."},
@@ -54,6 +60,8 @@ class DataArguments:
             raise ValueError(f"eval_names is {self.eval_names} but there is no eval_tasks to take them from")
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length!r}; it must be a number of tokens, 1 or more")
+        if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens!r}; it must be 1 or more, or left out")
         if not isinstance(self.num_negatives, int) or self.num_negatives < 0:
             raise ValueError(f"num_negatives is {self.num_negatives!r}; it must be 0 or more")
 
@@ -80,6 +88,8 @@ class StageArguments(TrainingArguments):
             raise ValueError(f"temperature is {self.temperature}; it must be > 0")
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every chunk uses every weight
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 

@@ -1,4 +1,4 @@
-"""Triplets -> tensors: one text is tokenized once, texts of similar length share a padded group."""
+"""Triplets -> tensors: each text once, packed without padding into chunks, as `encode` packs its batches."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.modeling_nvembed import format_instruction, pad, tokenize
+from nvembed.modeling_nvembed import format_instruction, length_sorted_batches, pack, tokenize
 from nvembed.train.losses import NO_TEXT
 
 
@@ -20,24 +20,25 @@ def text_id(text: str) -> int:
 class TripletCollator:
     """Makes one training batch of triplets.
 
-    The batch is `{"groups": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...}`:
-    `groups` are padded tensors for the model (see `nvembed.modeling_nvembed.pad`), whose embeddings, concatenated in
-    order, hold the query of row i at `query_index[i]` and its j-th passage at `passage_index[i, j]`, the positive
-    first. A row with fewer than `num_negatives` negatives has identity `NO_TEXT` (and index 0) in the empty slots.
+    The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
+    "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.modeling_nvembed.pack`), queries,
+    positives and negatives alike, the longest first. Their embeddings, concatenated in order, hold the query of row i
+    at `query_index[i]` and its j-th passage at `passage_index[i, j]`, the positive first. A row with fewer than
+    `num_negatives` negatives has identity `NO_TEXT` (and index 0) in the empty slots. `datasets[i]` names row i's.
 
     Args:
         tokenizer: the checkpoint's.
         config: the checkpoint's; it says how an instruction is masked and who appends `</s>`.
         max_length: tokens of a text with its instruction.
         num_negatives: hard negatives of a row; a triplet with more gives its first, the hardest if they are mined.
-        num_groups: padded groups per batch. A constant number, so that every process makes as many forward calls.
+        chunk_tokens: tokens of a chunk at most (a longer text makes one of its own); None: one chunk.
     """
 
     tokenizer: PreTrainedTokenizerFast
     config: NVEmbedConfig
     max_length: int = 512
     num_negatives: int = 7
-    num_groups: int = 4
+    chunk_tokens: int | None = None
 
     def __call__(self, triplets: list[dict]) -> dict:
         position: dict[tuple[str, str], int] = {}  # (instruction, text) -> its place among the batch's texts
@@ -59,15 +60,15 @@ class TripletCollator:
 
         instructions, texts = zip(*position)
         tokenized = tokenize(self.tokenizer, self.config, list(texts), list(instructions), self.max_length)
-        by_length = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].input_ids))
-        bounds = [len(by_length) * i // self.num_groups for i in range(self.num_groups + 1)]
-        groups = [by_length[start:end] for start, end in zip(bounds, bounds[1:]) if end > start]
+        lengths = [len(text.input_ids) for text in tokenized]
+        chunks = list(length_sorted_batches(lengths, self.chunk_tokens or sum(lengths)))
         rank_of = torch.empty(len(tokenized), dtype=torch.long)  # place in `position` -> row of the embeddings
-        rank_of[by_length] = torch.arange(len(tokenized))
+        rank_of[[i for chunk in chunks for i in chunk]] = torch.arange(len(tokenized))
         return {
-            "groups": [pad([tokenized[i] for i in group], self.tokenizer.pad_token_id) for group in groups],
+            "chunks": [pack([tokenized[i] for i in chunk]) for chunk in chunks],
             "query_index": rank_of[torch.tensor(queries)],
             "passage_index": rank_of[torch.tensor(passages)],
             "query_ids": torch.tensor(query_ids),
             "passage_ids": torch.tensor(passage_ids),
+            "datasets": [triplet["dataset"] for triplet in triplets],
         }

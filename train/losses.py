@@ -1,5 +1,7 @@
 """The contrastive loss of both stages (paper section 3.3; Appendix, unverified, for its settings)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,14 +11,27 @@ from torch import Tensor
 NO_TEXT = -1  # the identity of an empty slot; `collator.text_id` gives non-negative ones
 
 
-def info_nce(
+class Contrast(NamedTuple):
+    """What `contrast` finds, each `[batch]`: the loss of a row, and the cosine similarities that tell how it goes."""
+
+    losses: Tensor
+    positive: Tensor
+    hardest_negative: Tensor  # -inf for a row without negatives
+
+
+def info_nce(*args, **kwargs) -> Tensor:
+    """The mean of `contrast`'s losses over the rows, a scalar."""
+    return contrast(*args, **kwargs).losses.mean()
+
+
+def contrast(
     queries: Tensor,
     passages: Tensor,
     query_ids: Tensor,
     passage_ids: Tensor,
     temperature: float = 0.02,
     in_batch_negatives: bool = True,
-) -> Tensor:
+) -> Contrast:
     """InfoNCE: cross-entropy of the positive among the candidates, on cosine similarity / temperature.
 
     A row's candidates are its own positive and hard negatives. With `in_batch_negatives` (stage 1) they are the
@@ -24,8 +39,8 @@ def info_nce(
     A candidate is left out when it cannot be a negative: its text is the row's query, its positive, or the positive
     of the same query in another row.
 
-    Under DDP each process returns the mean over its own rows. The gradients that DDP averages are those of the mean
-    over the whole batch, because the gathered passages carry each process's share back; no factor is needed.
+    Each process returns its own rows, whose mean is its loss under DDP. The gradients that DDP averages are those of
+    the mean over the whole batch, because the gathered passages carry each process's share back; no factor is needed.
 
     Args:
         queries: `[batch, hidden]`, L2-normalized.
@@ -34,9 +49,6 @@ def info_nce(
         passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` where a row has fewer negatives than others.
         temperature: divisor of the similarities; the paper gives none, 0.02 is NVIDIA's later setting.
         in_batch_negatives: candidates from the whole batch (stage 1) or from the row alone (stage 2).
-
-    Returns:
-        The mean over the rows, a scalar.
 
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not belong together.
@@ -62,8 +74,11 @@ def info_nce(
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
     allowed = is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
     allowed = allowed.scatter(1, target[:, None], True)
-    logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
-    return F.cross_entropy(logits, target)
+    similarity = similarity.masked_fill(~allowed, float("-inf"))
+    losses = F.cross_entropy(similarity / temperature, target, reduction="none")
+    similarity, target = similarity.detach(), target[:, None]
+    positive, negatives = similarity.gather(1, target), similarity.scatter(1, target, float("-inf"))
+    return Contrast(losses, positive.squeeze(1), negatives.amax(1))
 
 
 def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         train_dataset=triplets,
         eval_dataset=held_out,
         eval_max_length=data_args.max_length,
-        data_collator=TripletCollator(model.tokenizer, model.config, data_args.max_length, data_args.num_negatives),
+        data_collator=TripletCollator(
+            model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
+        ),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_merged()

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 
-import torch
 from mteb.abstasks import AbsTask
 from peft import PeftModel, get_peft_model
 from transformers import Trainer
@@ -13,7 +12,9 @@ from nvembed.eval.callback import LocalTasksCallback
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
-from nvembed.train.losses import info_nce
+from nvembed.train.gradient_cache import embed_chunks
+from nvembed.train.losses import contrast
+from nvembed.train.watch import LossGuard, Window
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
@@ -70,13 +71,11 @@ class EmbeddingTrainer(Trainer):
                 f"the weights are of {dtypes} and mixed precision is off: set bf16: true, or dtype: float32"
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
-        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._clock = time.perf_counter()
+        self._window, self._guard = Window(self.model, self.args.device), LossGuard()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        embeddings = torch.cat([model(**group).sentence_embeddings for group in inputs["groups"]])
-        self._tokens += sum(group["attention_mask"].sum() for group in inputs["groups"])
-        loss = info_nce(
+        embeddings = embed_chunks(model, inputs["chunks"])
+        rows = contrast(
             embeddings[inputs["query_index"]],
             embeddings[inputs["passage_index"]],
             inputs["query_ids"],
@@ -84,6 +83,9 @@ class EmbeddingTrainer(Trainer):
             self.args.temperature,
             self.args.in_batch_negatives,
         )
+        loss = rows.losses.mean()
+        self._guard.check(loss.item(), inputs, rows, self.args.output_dir, self.data_collator.tokenizer.decode)
+        self._window.add(inputs, rows)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -101,16 +103,12 @@ class EmbeddingTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": score for key, score in metrics.items()}
         self.log(metrics)
-        self._clock += time.perf_counter() - start  # tokens/s counts training alone
+        self._window.leave_out(time.perf_counter() - start)  # tokens/s counts training alone
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now = time.perf_counter()
-            tokens = self.accelerator.reduce(self._tokens).item()
-            logs["tokens_per_second"] = round(tokens / (now - self._clock), 1)
-            self._tokens.zero_()
-            self._clock = now
+            logs |= self._window.close()
         super().log(logs, start_time)
 
     def save_merged(self) -> None:

@@ -17,16 +17,18 @@ def triplet(query, positive, negatives, instruction="", symmetric=False):
 
 
 def test_batch_embeds_as_encode_does(model, sentences):
-    """Training and inference share tokenizing and pooling mask: the collator's groups give `encode`'s embeddings."""
+    """Training and inference share tokenizing and pooling mask: the collator's chunks give `encode`'s embeddings."""
     a, b, c, d, e, f, g, h = sentences
     triplets = [
         triplet(a, b, [c, d, "dropped: num_negatives is 2"], "Find it"),
         triplet(e, f, [b], "Same kind", symmetric=True),
         triplet(g, h, []),
     ]
-    batch = TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2, num_groups=3)(triplets)
+    batch = TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2, chunk_tokens=60)(triplets)
     with torch.no_grad():
-        embeddings = torch.cat([model(**group).sentence_embeddings for group in batch["groups"]])
+        embeddings = torch.cat([model(**chunk).sentence_embeddings for chunk in batch["chunks"]])
+    assert len(batch["chunks"]) > 2
+    assert batch["datasets"] == ["test"] * 3
     find, same = format_instruction("Find it"), format_instruction("Same kind")
     queries = torch.cat([model.encode([a], find), model.encode([e], same), model.encode([g])])
     torch.testing.assert_close(embeddings[batch["query_index"]], queries, atol=1e-6, rtol=0)
@@ -42,14 +44,18 @@ def test_batch_embeds_as_encode_does(model, sentences):
     ]
 
 
-def test_groups_hold_similar_lengths_and_each_text_once(model, sentences):
+def test_chunks_keep_to_the_budget_and_hold_each_text_once(model, sentences):
     texts = [sentence * (i % 4 + 1) for i, sentence in enumerate(sentences)]
     triplets = [triplet(texts[i], texts[i + 1], [texts[0]]) for i in range(6)]
-    batch = TripletCollator(model.tokenizer, model.config, 256, num_negatives=1, num_groups=4)(triplets)
-    assert len(batch["groups"]) == 4
-    lengths = [group["attention_mask"].sum(1) for group in batch["groups"]]
+    batch = TripletCollator(model.tokenizer, model.config, 256, num_negatives=1, chunk_tokens=150)(triplets)
+    lengths = [chunk["lengths"] for chunk in batch["chunks"]]
     assert sum(map(len, lengths)) == len(set(texts[:7])), "a text that occurs twice is embedded once"
-    assert all(short.max() <= long.min() for short, long in zip(lengths, lengths[1:]))
+    assert all(sum(chunk) <= 150 for chunk in lengths)
+    assert len(lengths) > 1
+    flat = [length for chunk in lengths for length in chunk]
+    assert flat == sorted(flat, reverse=True)
+    whole = TripletCollator(model.tokenizer, model.config, 256, num_negatives=1)(triplets)["chunks"]
+    assert [chunk["lengths"] for chunk in whole] == [flat]
 
 
 def test_text_identity_is_stable_and_fits_int64():

@@ -1,0 +1,48 @@
+"""Large contrastive batches in small memory: gradient caching (GradCache, Gao et al., arXiv 2101.06983).
+
+The contrastive loss needs the embeddings of the whole batch at once, but the decoder's activations, which are nearly
+all of the memory, are needed for one chunk of texts at a time: embed every chunk without keeping them, take the loss
+and its gradient by the embeddings, then embed chunk after chunk again and pass its share of that gradient on. This is
+gradient checkpointing with a chunk of the batch as the segment, so torch's own does it, random numbers and mixed
+precision included: the second pass draws the same dropout.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from nvembed.eval.callback import is_sharded
+
+
+def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
+    """Embeds packed chunks of a batch (see `nvembed.modeling_nvembed.pack`), keeping the activations of the last alone.
+
+    One chunk is an ordinary forward pass. Of several, all but the last, whose backward pass comes first, are embedded
+    twice; the peak of memory is that of the largest chunk.
+
+    Returns:
+        Embeddings of all texts in the order of the chunks, `[texts, hidden]`.
+    """
+    # DDP must not be prepared for another backward pass in the midst of one, so the second passes go around it. Their
+    # gradients are averaged all the same: the last chunk's pass arms DDP's hooks, which wait for the sum over chunks.
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    idle = _surplus(inner, chunks) * chunks[-1:]
+    parts = [checkpoint(_embed, inner, chunk, use_reentrant=False) for chunk in (*idle, *chunks[:-1])]
+    unused = sum(len(chunk["lengths"]) for chunk in idle)
+    # Cut off, but not out of the graph: the backward pass, too, has to come as often on every process.
+    return torch.cat([*parts, _embed(model, chunks[-1])])[unused:]
+
+
+def _surplus(model: nn.Module, chunks: list[dict]) -> int:
+    """By how many chunks another process has more, where all must gather the shards of the weights as often."""
+    if not (dist.is_initialized() and is_sharded(model)):
+        return 0
+    most = torch.tensor(len(chunks), device=chunks[0]["input_ids"].device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most) - len(chunks)
+
+
+def _embed(model: nn.Module, chunk: dict) -> Tensor:
+    return model(**chunk).sentence_embeddings

@@ -1,0 +1,148 @@
+"""What a training log says beyond the loss: where it comes from, how fast it goes, and when it must stop."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from nvembed.train.losses import Contrast
+
+
+# Dense bf16 FLOP/s of one device by the start of its name, from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+class Window:
+    """The batches between two logs, of all processes together."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.flops = flops_per_token(model)
+        self.peak = peak_flops(device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
+
+    def add(self, batch: Mapping, rows: Contrast) -> None:
+        """Keeps a batch's figures on the device: reading them here would wait for it at every step."""
+        self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
+        self.rows.append(torch.stack([figure.detach().float() for figure in rows]))
+        self.datasets += batch["datasets"]
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self.start += seconds
+
+    def close(self) -> dict[str, float]:
+        """Figures for the log, the same on all processes, which must all call it; the next window begins.
+
+        `tokens_per_second` counts each distinct text of a process's batch once and no padding; `share_of_peak` sets the
+        arithmetic of one forward and one backward pass over them against the device's peak (on GPUs that
+        `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>` are of this
+        window; similarities are cosines, means over the rows.
+        """
+        seconds, sums = time.perf_counter() - self.start, defaultdict(lambda: [0, 0.0])
+        positive, hardest = [0, 0.0], [0, 0.0]
+        figures = torch.cat(self.rows, dim=1).tolist() if self.rows else [[], [], []]
+        for dataset, loss, close, near in zip(self.datasets, *figures, strict=True):
+            for place, figure in ((sums[dataset], loss), (positive, close), (hardest, near)):
+                if figure != float("-inf"):  # a row without negatives
+                    place[0], place[1] = place[0] + 1, place[1] + figure
+        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest)])
+        self._clear()
+
+        tokens_per_second = sum(part[0] for part in everywhere) / seconds
+        logs = {"tokens_per_second": round(tokens_per_second, 1)}
+        if self.peak is not None:
+            logs["share_of_peak"] = round(tokens_per_second * self.flops / (self.peak * len(everywhere)), 4)
+        for name, place in (("positive_similarity", 2), ("hardest_negative_similarity", 3)):
+            if count := sum(part[place][0] for part in everywhere):
+                logs[name] = round(sum(part[place][1] for part in everywhere) / count, 4)
+        for dataset in sorted({name for part in everywhere for name in part[1]}):
+            parts = [part[1][dataset] for part in everywhere if dataset in part[1]]
+            samples = sum(count for count, _ in parts)
+            logs[f"loss/{dataset}"] = round(sum(total for _, total in parts) / samples, 4)
+            logs[f"samples/{dataset}"] = samples
+        return logs
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """Of the linear maps, forward and backward: 2 a weight forward, 2 for the inputs' gradient, 2 more if trained.
+
+    Attention scores are left out (at 512 tokens of a 7 B decoder 3 %), and the latents' own projections, which are made
+    once a chunk.
+    """
+    flops = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("to_kv"):
+            flops += (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
+    return flops
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a device, None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
+
+
+class LossGuard:
+    """Stops a training whose loss is not a number, or has left everything behind that it was before."""
+
+    FACTOR = 10.0  # times the running mean, or times 1 where that is smaller
+
+    def __init__(self):
+        self.mean: float | None = None
+
+    def check(self, loss: float, batch: Mapping, rows: Contrast, folder: str, decode) -> None:
+        """Takes the loss of a step in.
+
+        Args:
+            decode: token ids to text.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite, or over `FACTOR` times its running mean; the batch is in
+                `folder`/bad_batch.jsonl by then.
+        """
+        limit = float("inf") if self.mean is None else self.FACTOR * max(self.mean, 1.0)
+        if loss < limit:
+            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+            return
+        path = write_batch(Path(folder), batch, rows, decode)
+        before = "the first" if self.mean is None else f"{self.mean:.3f} on average before"
+        raise FloatingPointError(
+            f"the loss is {loss} ({before}); its batch is in {path}. Lower learning_rate, lengthen warmup_steps, or "
+            "look for broken texts in that file"
+        )
+
+
+def write_batch(folder: Path, batch: Mapping, rows: Contrast, decode) -> Path:
+    """Writes what the model read, row by row, with the losses, for inspection; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bad_batch.jsonl"
+    texts = [text for chunk in batch["chunks"] for text in _split(chunk, decode)]
+    with path.open("w", encoding="utf-8") as file:
+        for i, (dataset, loss) in enumerate(zip(batch["datasets"], rows.losses.tolist())):
+            passages = [texts[j] for j in batch["passage_index"][i].tolist()]
+            record = {"dataset": dataset, "loss": loss, "query": texts[batch["query_index"][i]], "passages": passages}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path
+
+
+def _split(chunk: Mapping, decode) -> Sequence[str]:
+    return [decode(ids) for ids in chunk["input_ids"].cpu().split(chunk["lengths"])]
