@@ -33,7 +33,7 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "In a recipe a list of mappings (see DatasetSource); on the command line, paths."},
     )
-    instruction: str = field(default="", metadata={"help": "Task definition for the datasets that name none."})
+    instruction: str | None = field(default=None, metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
     chunk_tokens: int | None = field(
@@ -76,6 +76,12 @@ class StageArguments(TrainingArguments):
     temperature: float = field(default=0.02, metadata={"help": "Divisor of the cosine similarities in the loss."})
     weight_decay: float = field(default=0.03, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(default=50, metadata={"help": "Linear warm-up: steps, or below 1 a share of them."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a batch, all processes and accumulated steps together; sets per_device_train_batch_size."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     save_strategy: str = field(default="no", metadata={"help": "Intermediate adapter checkpoints: no, steps, epoch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
@@ -91,6 +97,15 @@ class StageArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every chunk uses every weight
         super().__post_init__()
+        if self.batch_size is not None:
+            shares = self.world_size * self.gradient_accumulation_steps
+            self.per_device_train_batch_size, rest = divmod(self.batch_size, shares)
+            if rest or self.batch_size < 1:
+                raise ValueError(
+                    f"batch_size is {self.batch_size}, which {self.world_size} processes x "
+                    f"{self.gradient_accumulation_steps} gradient_accumulation_steps do not divide into equal shares; "
+                    f"{max(1, round(self.batch_size / shares)) * shares} would do"
+                )
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
@@ -46,6 +50,49 @@ def check_output_dir(output_dir: str) -> Path:
             f"{folder} already holds a checkpoint ({found[0]}); name another --output_dir or move it away"
         )
     return folder
+
+
+def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
+    """The training checkpoint to go on from: the one named, or, for true, the last in `output_dir`; None for none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
+        return None
+    if str(resume_from_checkpoint).lower() == "true":  # as text from the command line, as a bool from a recipe
+        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if found is None:
+            raise FileNotFoundError(
+                f"{output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start anew"
+            )
+        return found
+    if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is no training checkpoint: no {TRAINER_STATE_NAME}"
+        )
+    return str(resume_from_checkpoint)
+
+
+def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
+    """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
+
+    Raises:
+        ValueError: the checkpoint is of another base, or of another adapter.
+    """
+    adapter = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME)
+    if not (adapter.is_file() and isinstance(model, PeftModel)):
+        return  # sharded, or all weights: transformers compares those
+    expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    with safe_open(adapter, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint} does not belong to this model and adapter: {name} is {found.get(name, 'absent')} there and "
+            f"{expected.get(name, 'absent')} here; give the model_name_or_path and LoRA settings it was trained with"
+        )
 
 
 @contextmanager

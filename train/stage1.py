@@ -9,14 +9,15 @@ from trl import TrlParser
 from nvembed.eval.local_tasks import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, StageArguments
-from nvembed.train.checkpoints import check_output_dir
+from nvembed.train.checkpoints import check_output_dir, check_resume, find_resume
 from nvembed.train.collator import TripletCollator
-from nvembed.train.data.registry import load_triplets_once
+from nvembed.train.data.registry import load_blend
 from nvembed.train.trainer import EmbeddingTrainer, add_adapter
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     check_output_dir(training_args.output_dir)
+    resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)
     held_out = None
     if data_args.eval_tasks is not None:
         held_out = read_tasks(data_args.eval_tasks, data_args.eval_names)
@@ -24,9 +25,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     model = NVEmbedModel.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
     )
-    triplets = load_triplets_once(
-        training_args, data_args.datasets, data_args.num_negatives, training_args.seed, data_args.instruction
-    )
+    triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
 
     trainer = EmbeddingTrainer(
         model=add_adapter(model, model_args),
@@ -38,7 +37,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
             model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
         ),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if resume is not None:
+        check_resume(resume, trainer.model)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_merged()
 
 

@@ -1,20 +1,32 @@
 """`transformers.Trainer` for triplets: contrastive loss, local tasks as its evaluation, tokens/s in its log."""
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from mteb.abstasks import AbsTask
 from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import get_peft_config
 
-from nvembed.eval.callback import LocalTasksCallback
+from nvembed.eval.callback import LocalTasksCallback, is_sharded
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import contrast
 from nvembed.train.watch import LossGuard, Window
+
+
+PARTIAL_CHECKPOINT = ".partial-checkpoint"
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
@@ -45,6 +57,18 @@ def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
     return model.to(model.embedding_model.norm.weight.dtype)
 
 
+def with_weights(model: NVEmbedModel | PeftModel, weights: dict[str, Tensor]) -> NVEmbedModel | PeftModel:
+    """The same model and adapter around other weights; `model` itself, whose own are shards, stays as it is."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.device("meta"):
+        whole = NVEmbedModel(base.config)
+        if isinstance(model, PeftModel):
+            whole = get_peft_model(whole, model.peft_config[model.active_adapter])
+    whole.load_state_dict(weights, assign=True)
+    (whole.get_base_model() if isinstance(whole, PeftModel) else whole).tokenizer = base.tokenizer
+    return whole
+
+
 class EmbeddingTrainer(Trainer):
     """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.local_tasks`).
 
@@ -57,6 +81,7 @@ class EmbeddingTrainer(Trainer):
         if eval_dataset is not None:  # first, so that other callbacks see its metrics
             kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        self._checkpoint_folder: str | None = None
         batch = self.args.per_device_train_batch_size * self.args.world_size
         if self.train_dataset is not None and len(self.train_dataset) < batch:
             raise ValueError(
@@ -72,6 +97,43 @@ class EmbeddingTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window, self._guard = Window(self.model, self.args.device), LossGuard()
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, Blend):  # in random order already, and in one that does not depend on the processes
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes `checkpoint-<step>` beside its place and renames it: one that is there is whole."""
+        folder = Path(self.args.output_dir)
+        partial, name = folder / PARTIAL_CHECKPOINT, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        try:
+            self._checkpoint_folder = str(partial)
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # an OSError, or what safetensors and torch make of one
+            if shutil.disk_usage(folder).free > 2**20 and getattr(error, "errno", None) != errno.ENOSPC:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            last = get_last_checkpoint(str(folder))
+            raise OSError(
+                errno.ENOSPC, f"no space left for {folder / name}; earlier checkpoints are whole, the last is {last}"
+            ) from error
+        finally:
+            self._checkpoint_folder = None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(partial / name, folder / name)
+            shutil.rmtree(partial)
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial) -> str:
+        return self._checkpoint_folder or super()._get_output_dir(trial)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         embeddings = embed_chunks(model, inputs["chunks"])
@@ -115,6 +177,10 @@ class EmbeddingTrainer(Trainer):
         """Writes the merged checkpoint to `output_dir`, on the main process."""
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Merging into {self.args.output_dir}")
+        model = self.accelerator.unwrap_model(self.model)
+        if is_sharded(model):
+            weights = self.accelerator.get_state_dict(self.model_wrapped)  # whole, on the main process
+            model = with_weights(model, weights) if self.is_world_process_zero() else None
         if self.is_world_process_zero():
-            write_checkpoint(merge_adapter(self.accelerator.unwrap_model(self.model)), self.args.output_dir)
+            write_checkpoint(merge_adapter(model), self.args.output_dir)
         self.accelerator.wait_for_everyone()

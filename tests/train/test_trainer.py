@@ -1,6 +1,7 @@
 """Two real training steps on the tiny checkpoint: what moves, what is saved, what is logged."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -183,12 +184,14 @@ TORCHRUN = [
 ]  # accelerate starts CPU processes by MPI only
 
 
-def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options):
+def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, environment=None):
     arguments = ["--model_name_or_path", checkpoint, "--datasets", pairs_file, "--output_dir", output_dir]
     arguments += ["--max_steps=2", "--warmup_steps=0", "--num_negatives=2", "--logging_steps=1", "--use_cpu"]
     arguments += ["--learning_rate=1e-2", "--lora_dropout=0", *options]
     command = [sys.executable, "-m", *launcher, ROOT / "train" / script, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    environment = os.environ | (environment or {})
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
 def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sentences):
@@ -221,6 +224,54 @@ def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, tasks_file
     one, two = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in ("one", "two"))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
     assert (one - NVEmbedModel.from_pretrained(checkpoint).encode(sentences)).abs().max() > 1e-2
+
+
+@pytest.fixture
+def many_pairs(tmp_path, sentences):
+    rows = [
+        {"query": f"{a[:15]} {b[:15]}", "positive": f"{b} {a[:9]}", "instruction": "Complete"}
+        for a in sentences
+        for b in sentences
+    ]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "MistralDecoderLayer,LatentAttention",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+@pytest.mark.parametrize("script", ["stage1.py", "stage2.py"])
+def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpoint, many_pairs, sentences, script):
+    """20 steps of the same batches of 8: one process, DDP, FSDP2, and one that accumulates or caches."""
+    in_parts = ["--gradient_accumulation_steps=2"] if script == "stage2.py" else ["--chunk_tokens=50"]
+    curves = {}
+    for name, launcher, environment, options in (
+        ("one", ACCELERATE, {}, []),
+        ("in parts", ACCELERATE, {}, in_parts),
+        ("ddp", TORCHRUN, {}, ["--ddp_backend=gloo", "--chunk_tokens=100"]),
+        ("fsdp2", TORCHRUN, FSDP2, ["--ddp_backend=gloo", "--chunk_tokens=100"]),
+    ):
+        options += ["--batch_size=8", "--max_steps=20", "--learning_rate=3e-3", "--disable_tqdm=true"]
+        options += ["--report_to=none", "--log_level=error"]
+        result = run_stage(launcher, script, checkpoint, many_pairs, tmp_path / name, *options, environment=environment)
+        assert result.returncode == 0, (name, result.stderr)
+        logs = [line for line in result.stdout.splitlines() if "'loss'" in line]
+        curves[name] = [float(re.search(r"'loss': '?([0-9.]+)", line)[1]) for line in logs]
+        assert len(curves[name]) == 20
+    assert curves["one"][-1] < 0.9 * curves["one"][0], "it learns"
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["one"], abs=1.01e-4), name  # logged with four digits
+    one = NVEmbedModel.from_pretrained(tmp_path / "one").encode(sentences)
+    for name in curves:
+        other = NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences)
+        torch.testing.assert_close(other, one, atol=1e-3, rtol=0)
 
 
 def test_too_few_triplets_are_an_error_before_training(tmp_path, checkpoint, pairs_file):

@@ -118,21 +118,21 @@ def write_triplets(records, output: str) -> int:
 
 
 def main() -> None:
-    from nvembed.train.data.registry import DatasetSource, load_triplets
+    from nvembed.train.data.registry import DatasetSource, iterate_triplets
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="dataset: local file or folder, or Hub name")
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--kind", help="see nvembed.train.data.registry.KINDS; found by itself if left out")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--instruction", default="", help="task definition to store with every triplet")
+    parser.add_argument("--instruction", help="task definition to store with every triplet")
     parser.add_argument("--num_negatives", type=int, default=7)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_output(args.output)
     source = DatasetSource(args.path, args.kind, args.split, args.instruction, samples=args.samples)
-    count = write_triplets(load_triplets([source], args.num_negatives, args.seed), args.output)
+    count = write_triplets(iterate_triplets(source, args.num_negatives, args.seed, ""), args.output)
     print(f"{count} triplets in {args.output}")
 
 

@@ -1,13 +1,20 @@
 """What a recipe's `datasets:` says, and how each kind of data becomes triplets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from transformers import TrainingArguments
 
 from nvembed.train.data import classification, retrieval, sts, triplets
+from nvembed.train.data.blend import Blend
 from nvembed.train.data.tables import columns_of
 
 
@@ -19,35 +26,40 @@ class DatasetSource:
         path: a local file (JSONL, CSV, Parquet), a local folder, or a Hub dataset.
         kind: how rows become triplets, a key of `KINDS`; None: by the layout and columns found.
         split: which part of it.
-        instruction: the task definition, without "Instruct:"; every query carries it.
+        instruction: the task definition, without "Instruct:"; every query carries it. "" is none, None: not given.
         symmetric: the instruction goes on positives and negatives, too; None: as is usual for the kind.
         samples: at most so many, chosen at random; None: all.
+        weight: its share of the blend beside the other sets' weights; None for all sets: by their triplets.
         name: what logs call it; None: the last part of `path`.
     """
 
     path: str
     kind: str | None = None
     split: str = "train"
-    instruction: str = ""
+    instruction: str | None = None
     symmetric: bool | None = None
     samples: int | None = None
+    weight: float | None = None
     name: str | None = None
 
     def __post_init__(self):
         for name, kinds in FIELD_TYPES.items():
             value = getattr(self, name)
-            if not isinstance(value, kinds) or (name == "samples" and isinstance(value, bool)):
+            if not isinstance(value, kinds) or (name in ("samples", "weight") and isinstance(value, bool)):
                 raise ValueError(f"datasets: {name} is {value!r} of type {type(value).__name__} in {self}")
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"{self.path}: kind is {self.kind!r}; known kinds are {', '.join(sorted(KINDS))}")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"{self.path}: samples is {self.samples}; it must be at least 1, or left out for all")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or left out")
         if self.name is None:
             self.name = Path(self.path).stem
 
 
-FIELD_TYPES = {"path": str, "kind": (str, type(None)), "split": str, "instruction": str}
+FIELD_TYPES = {"path": str, "kind": (str, type(None)), "split": str, "instruction": (str, type(None))}
 FIELD_TYPES |= {"symmetric": (bool, type(None)), "samples": (int, type(None)), "name": (str, type(None))}
+FIELD_TYPES |= {"weight": (float, int, type(None))}
 
 
 def as_source(entry: DatasetSource | dict | str) -> DatasetSource:
@@ -74,7 +86,7 @@ def as_source(entry: DatasetSource | dict | str) -> DatasetSource:
 class Kind:
     """`load(source, num_negatives, seed)` gives dictionaries of query, positive and negatives."""
 
-    load: Callable[[DatasetSource, int, int], list[dict]]
+    load: Callable[[DatasetSource, int, int], Iterable[dict]]
     symmetric: bool
 
 
@@ -99,43 +111,130 @@ TRIPLET_FEATURES = Features(
 )
 
 
-def load_triplets(sources: list[DatasetSource], num_negatives: int, seed: int = 0, instruction: str = "") -> Dataset:
-    """All sources as one dataset of triplets; the Trainer's shuffling blends them within each batch.
+def load_triplets(
+    sources: list[DatasetSource], num_negatives: int, seed: int = 0, instruction: str | None = ""
+) -> Dataset:
+    """All sources as one dataset of triplets, in memory.
 
     Args:
         instruction: for the triplets whose recipe entry and row name none.
 
     Raises:
-        ValueError: no source, a source that gives no triplet, or an unknown layout.
+        ValueError: no source, a source that gives no triplet, one without an instruction, or an unknown layout.
+    """
+    tables = []
+    for source in check_sources(sources):
+        records = list(iterate_triplets(source, num_negatives, seed, instruction))
+        tables.append(Dataset.from_list(records, features=TRIPLET_FEATURES))
+    return concatenate_datasets(tables)
+
+
+def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
+    """The sources, if a blend can be made of them.
+
+    Raises:
+        ValueError: there is none, two have one name, or only some have a weight.
     """
     if not sources:
         raise ValueError("datasets is empty: name at least one dataset in the recipe, or with --datasets PATH")
-    return concatenate_datasets([_load_source(source, num_negatives, seed, instruction) for source in sources])
+    names = [source.name for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"datasets: two are named {twice.pop()!r}, and logs would mix them up; give one a `name:`")
+    without = [source.name for source in sources if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(f"datasets: {without[0]} has no weight and others have one; give one to all, or to none")
+    return sources
 
 
-def load_triplets_once(training_args: TrainingArguments, *args, **kwargs) -> Dataset:
-    """`load_triplets` on the main process; the others read what it left in `output_dir`/triplets.
+def load_blend(
+    training_args: TrainingArguments, sources: list[DatasetSource], num_negatives: int, instruction: str | None = None
+) -> Blend:
+    """The triplets of the whole run, blended, from tables in `output_dir`/triplets that the main process writes.
 
-    Mining on the main process can outlast the others' patience: raise `ddp_timeout`, or mine beforehand.
+    Made once: a restart with the same settings reads them again. The blend is as long as the run, so the Trainer passes
+    over it once, and `num_train_epochs` is set to 1. Mining can outlast the patience of the other processes: raise
+    `ddp_timeout`, or mine beforehand.
+
+    Raises:
+        ValueError: as `load_triplets`; fewer triplets than a batch has rows.
     """
-    if training_args.world_size == 1:
-        return load_triplets(*args, **kwargs)
-    folder = Path(training_args.output_dir) / "triplets"
+    folder = Path(training_args.output_dir, "triplets")
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with training_args.main_process_first(local=False, desc="loading triplets"):
         if training_args.process_index == 0:
-            load_triplets(*args, **kwargs).save_to_disk(folder)
-    return Dataset.load_from_disk(folder)
+            write_tables(folder, check_sources(sources), num_negatives, seed, instruction)
+        tables = [Dataset.from_file(str(folder / table_name(i))) for i in range(len(sources))]
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    batch *= training_args.gradient_accumulation_steps
+    triplets = sum(map(len, tables))
+    if triplets < batch:
+        raise ValueError(
+            f"{triplets} triplets do not fill one batch of {batch} (per_device_train_batch_size x processes x "
+            "gradient_accumulation_steps); lower the batch size or add data"
+        )
+    samples = training_args.max_steps * batch
+    if training_args.max_steps <= 0:
+        samples = math.ceil(triplets * training_args.num_train_epochs)
+    training_args.num_train_epochs = 1.0
+    weights = None if sources[0].weight is None else [source.weight for source in sources]
+    return Blend(tables, samples, weights, seed)
 
 
-def _load_source(source: DatasetSource, num_negatives: int, seed: int, instruction: str) -> Dataset:
+def table_name(index: int) -> str:
+    return f"{index:03}.arrow"
+
+
+def write_tables(
+    folder: Path, sources: list[DatasetSource], num_negatives: int, seed: int, instruction: str | None
+) -> None:
+    """Writes one Arrow file a source beside `folder`, then renames; what is there is kept if it has these settings."""
+    settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
+    made_of = json.dumps(settings | {"datasets": [asdict(source) for source in sources]}, indent=1)
+    if (folder / "made_of.json").is_file() and (folder / "made_of.json").read_text() == made_of:
+        return
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for index, source in enumerate(sources):
+        write_table(partial / table_name(index), iterate_triplets(source, num_negatives, seed, instruction))
+    (partial / "made_of.json").write_text(made_of)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def write_table(path: Path, records: Iterable[dict]) -> None:
+    """Triplets to an Arrow file, as `Dataset.from_file` reads it, a thousand in memory at a time."""
+    schema = TRIPLET_FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        records = iter(records)
+        while rows := list(islice(records, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def iterate_triplets(
+    source: DatasetSource, num_negatives: int, seed: int = 0, instruction: str | None = None
+) -> Iterator[dict]:
+    """The triplets of one source, each with all columns of `TRIPLET_FEATURES`.
+
+    Raises:
+        ValueError: the source gives none, or neither it nor a row nor `instruction` has an instruction.
+    """
     kind = KINDS[source.kind or infer_kind(source)]
-    records = kind.load(source, num_negatives, seed)
-    if not records:
-        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets")
     usual = {"dataset": source.name, "instruction": instruction, "symmetric": kind.symmetric}
-    asked = {"instruction": source.instruction or None, "symmetric": source.symmetric}  # a recipe outranks the file
+    asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
     asked = {column: value for column, value in asked.items() if value is not None}
-    return Dataset.from_list([{**usual, **record, **asked} for record in records], features=TRIPLET_FEATURES)
+    empty = True
+    for record in kind.load(source, num_negatives, seed):
+        triplet = {**usual, **record, **asked}
+        if triplet["instruction"] is None:
+            raise ValueError(
+                f"{source.path} has no instruction, which every query carries (paper section 3.1): set `instruction:` "
+                'in its entry, or --instruction for all; "" is for none'
+            )
+        empty = False
+        yield triplet
+    if empty:
+        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets")
 
 
 def infer_kind(source: DatasetSource) -> str:

@@ -1,5 +1,6 @@
 """Ready triplets: rows of `query`, `positive` and, if there are, `negatives`, `instruction`, `symmetric`, `dataset`."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nvembed.train.data.mine_negatives import add_negatives
@@ -10,25 +11,40 @@ if TYPE_CHECKING:
     from nvembed.train.data.registry import DatasetSource
 
 
-def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
-    """Reads triplets; where no row has negatives, they are mined among the positives.
+def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dict]:
+    """Reads triplets, one at a time; where no row has negatives, they are mined among the positives.
 
     Raises:
-        ValueError: a row lacks a field or has an empty text; file and line are named.
+        ValueError: a row lacks a field, has an empty text, or has fewer than `num_negatives` negatives where rows have
+            any; file and line are named.
     """
-    records = [_triplet(name, row) for name, row in read_table(source, ("query", "positive"))]
-    records = sample(records, source.samples, seed)
-    if not any(record["negatives"] for record in records):
-        records = add_negatives(records, [record["positive"] for record in records], num_negatives, seed)
-    return records
+    rows, have_negatives = 0, False
+    for _, row in read_table(source):
+        rows, have_negatives = rows + 1, have_negatives or bool(row.get("negatives"))
+    chosen = None if source.samples is None else set(sample(list(range(rows)), source.samples, seed))
+    records = (
+        _triplet(name, row, num_negatives if have_negatives else 0)
+        for position, (name, row) in enumerate(read_table(source, ("query", "positive")))
+        if chosen is None or position in chosen
+    )
+    if have_negatives:
+        yield from records
+    else:
+        mined = list(records)
+        yield from add_negatives(mined, [record["positive"] for record in mined], num_negatives, seed)
 
 
-def _triplet(name: str, row: dict) -> dict:
+def _triplet(name: str, row: dict, num_negatives: int) -> dict:
     negatives = row.get("negatives") or []
     if not isinstance(negatives, list):
         raise ValueError(f'{name}: "negatives" is {negatives!r}, not a list of strings')
     for position, negative in enumerate(negatives):
         text_of({f"negatives[{position}]": negative}, f"negatives[{position}]", name)
+    if len(negatives) < num_negatives:
+        raise ValueError(
+            f"{name}: {len(negatives)} negatives and num_negatives is {num_negatives}; lower it to the fewest that a "
+            "row has, or give the row more"
+        )
     if "negative" in row:
         raise ValueError(f'{name}: "negative" is unknown; give a list of strings as "negatives"')
     if not isinstance(row.get("symmetric", False), bool):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nvembed.train.data.registry import DatasetSource, load_triplets
+from nvembed.train.arguments import Stage1Arguments
+from nvembed.train.data.registry import DatasetSource, check_sources, load_blend, load_triplets
 
 
 def write_jsonl(path, rows):
@@ -97,10 +98,10 @@ def test_label_based_classification(labelled):
 
 def test_ready_triplets_keep_their_negatives_and_instruction(tmp_path):
     row = {"query": "q", "positive": "p", "negatives": ["n1", "n2"], "instruction": "Own", "symmetric": True}
-    path = write_jsonl(tmp_path / "mine.jsonl", [row, {"query": "r", "positive": "s"}])
+    path = write_jsonl(tmp_path / "mine.jsonl", [row, {"query": "r", "positive": "s", "negatives": ["n"]}])
     first, second = load_triplets([DatasetSource(path)], num_negatives=1)
     assert (first["negatives"], first["instruction"], first["symmetric"]) == (["n1", "n2"], "Own", True)
-    assert (second["negatives"], second["instruction"], second["symmetric"]) == ([], "", False)
+    assert (second["negatives"], second["instruction"], second["symmetric"]) == (["n"], "", False)
     first, _ = load_triplets([DatasetSource(path, instruction="Recipe's", symmetric=False)], num_negatives=1)
     assert (first["instruction"], first["symmetric"]) == ("Recipe's", False)
 
@@ -213,3 +214,54 @@ def test_bad_sources_are_named(tmp_path, beir):
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t", "label": "only"}] * 3)
     with pytest.raises(ValueError, match=r"one label only, \['only'\]"):
         load_triplets([DatasetSource(one)], 1)
+
+
+def test_too_few_negatives_and_no_instruction_are_errors(tmp_path):
+    rows = [{"query": "q", "positive": "p", "negatives": ["n", "m"]}, {"query": "r", "positive": "s"}]
+    source = DatasetSource(write_jsonl(tmp_path / "mine.jsonl", rows))
+    with pytest.raises(ValueError, match=r"mine.jsonl:2: 0 negatives and num_negatives is 2; lower it"):
+        load_triplets([source], num_negatives=2)
+    with pytest.raises(ValueError, match=r"mine.jsonl has no instruction, .*set `instruction:` in its entry"):
+        load_triplets([source], num_negatives=0, instruction=None)
+    assert load_triplets([DatasetSource(source.path, instruction="")], 0, instruction=None)[0]["instruction"] == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"weight": 2}, {}, "datasets: b has no weight and others have one"),
+        ({"name": "b"}, {}, "datasets: two are named 'b'"),
+        ({"weight": 0}, {}, "a: weight is 0; it must be above 0"),
+    ],
+)
+def test_sources_that_do_not_blend(first, second, words):
+    with pytest.raises(ValueError, match=words):
+        check_sources([DatasetSource("a", **first), DatasetSource("b", **second)])
+
+
+def blend_of(tmp_path, sources, **options):
+    arguments = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments = Stage1Arguments(**(arguments | options))
+    return load_blend(arguments, sources, num_negatives=1, instruction="all"), arguments
+
+
+def by_texts(triplet: dict) -> list:
+    return [triplet[column] for column in ("dataset", "query", "positive", "negatives", "instruction", "symmetric")]
+
+
+def test_a_blend_lasts_the_run_and_is_made_once(tmp_path, labelled, beir):
+    sources = [DatasetSource(str(labelled), name="labels"), DatasetSource(str(beir), name="papers")]
+    triplets = load_triplets(sources, 1, seed=42, instruction="all").to_list()
+    blend, arguments = blend_of(tmp_path, sources, num_train_epochs=2)
+    assert arguments.num_train_epochs == 1, "the Trainer passes over it once"
+    for epoch in (blend[i] for i in range(len(triplets))), (blend[len(triplets) + i] for i in range(len(triplets))):
+        assert sorted(map(by_texts, epoch)) == sorted(map(by_texts, triplets))
+    assert len(blend_of(tmp_path, sources, max_steps=7)[0]) == 28
+
+    made = (tmp_path / "out" / "triplets" / "000.arrow").stat().st_mtime_ns
+    blend_of(tmp_path, sources)
+    assert (tmp_path / "out" / "triplets" / "000.arrow").stat().st_mtime_ns == made, "mining is not done twice"
+    sources[0].samples = 1
+    assert len(blend_of(tmp_path, sources, num_train_epochs=1)[0]) < len(triplets), "other settings, other tables"
+    with pytest.raises(ValueError, match="triplets do not fill one batch of 400"):
+        blend_of(tmp_path, sources, per_device_train_batch_size=100, gradient_accumulation_steps=4)

@@ -1,0 +1,66 @@
+"""One stream from many data sets: every batch mixes them in the same shares (paper section 3.3)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+from nvembed.train.collator import text_id
+
+
+class Blend(TorchDataset):
+    """The triplets of a whole training run, in their order.
+
+    Which triplet stands at which place follows from the seed and the data alone: the number of processes, of loading
+    workers, and a restart change nothing, as long as the places are read in order. Of any n places in a row a set has
+    its share of n, give or take less than 2. It goes through its triplets in a random order, and through all of them
+    before any comes again, then in another order. A set's own order does not depend on the other sets.
+
+    The tables stay on disk (Arrow, memory-mapped); in memory are 12 bytes for each place.
+
+    Args:
+        tables: triplets, one table a set.
+        samples: length of the run.
+        weights: shares of the sets, in any unit; None: by the number of triplets, so that a run as long as all tables
+            together has each triplet once.
+        seed: of the order.
+
+    Raises:
+        ValueError: no tables, an empty one, or weights that are not one positive number for each.
+    """
+
+    def __init__(self, tables: Sequence[Dataset], samples: int, weights: Sequence[float] | None = None, seed: int = 0):
+        if not tables or not all(map(len, tables)):
+            raise ValueError(f"a blend needs tables with triplets, it has {[len(table) for table in tables]}")
+        weights = [len(table) for table in tables] if weights is None else weights
+        if len(weights) != len(tables) or not all(weight > 0 for weight in weights):
+            raise ValueError(f"weights are {list(weights)} for {len(tables)} tables; each needs one above 0")
+        self.tables, self.seed = list(tables), seed
+        self.triplets = sum(map(len, tables))
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        times, sets, draws = [], [], []
+        for index, share in enumerate(shares):
+            # The set's n-th triplet falls at random into the n-th of equal stretches: even, but not periodic.
+            count = int(samples * share) + 2
+            times.append((np.arange(count) + self._rng(index, "times").random(count)) / share)
+            sets.append(np.full(count, index, dtype=np.int32))
+            draws.append(np.arange(count, dtype=np.int64))
+        order = np.argsort(np.concatenate(times), kind="stable")[:samples]
+        self._sets, self._draws = np.concatenate(sets)[order], np.concatenate(draws)[order]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by set: the pass that is under way, and its order
+
+    def _rng(self, index: int, *purpose: str | int) -> np.random.Generator:
+        name = self.tables[index][0]["dataset"]
+        return np.random.default_rng([self.seed, *(text_id(str(part)) for part in (name, *purpose))])
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def __getitem__(self, place: int) -> dict:
+        index = int(self._sets[place])
+        table = self.tables[index]
+        lap, turn = divmod(int(self._draws[place]), len(table))
+        if self._orders.get(index, (None,))[0] != lap:
+            self._orders[index] = lap, self._rng(index, "order", lap).permutation(len(table))
+        return table[int(self._orders[index][1][turn])]
