@@ -1,11 +1,35 @@
-"""Every option of the training scripts, as dataclasses for `trl.TrlParser`: YAML and command line alike."""
+"""Every option of the training scripts, as dataclasses for `RecipeParser`: YAML and command line alike."""
 
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
 from nvembed.train.data.registry import DatasetSource, as_source
+
+
+STAGES = ("stage1", "stage2")
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` for recipes that may hold both stages: the keys under `stage1:` or `stage2:` outrank those beside.
+
+    Args:
+        stage: whose part of a recipe is read; one of `STAGES`.
+    """
+
+    def __init__(self, stage: str, *dataclass_types: type):
+        self.stage = stage  # first: TrlParser's own constructor looks at every attribute of the dataclasses alone
+        super().__init__(dataclass_types)
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        parts = {name: config.pop(name) for name in STAGES if name in config}
+        for name, part in parts.items():
+            if not isinstance(part, dict):
+                raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
+        if parts and self.stage not in parts:
+            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run train/{next(iter(parts))}.py")
+        return super().set_defaults_with_config(**(config | parts.get(self.stage, {})))
 
 
 @dataclass

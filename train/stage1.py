@@ -4,11 +4,10 @@ accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml 
 """
 
 from transformers import set_seed
-from trl import TrlParser
 
 from nvembed.eval.local_tasks import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, StageArguments
+from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, StageArguments
 from nvembed.train.checkpoints import check_output_dir, check_resume, find_resume
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import load_blend
@@ -44,4 +43,4 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ModelArguments, DataArguments, Stage1Arguments)).parse_args_and_config())
+    main(*RecipeParser("stage1", ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())

@@ -3,11 +3,9 @@
 accelerate launch train/stage2.py --config train/recipes/quickstart-stage2.yaml --output_dir runs/stage2
 """
 
-from trl import TrlParser
-
-from nvembed.train.arguments import DataArguments, ModelArguments, Stage2Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage2Arguments
 from nvembed.train.stage1 import main
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ModelArguments, DataArguments, Stage2Arguments)).parse_args_and_config())
+    main(*RecipeParser("stage2", ModelArguments, DataArguments, Stage2Arguments).parse_args_and_config())

@@ -1,7 +1,6 @@
 import pytest
-from trl import TrlParser
 
-from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
 from nvembed.train.data.registry import DatasetSource
 
 
@@ -21,7 +20,8 @@ datasets:
 def parse(tmp_path, text, *arguments, stage=Stage1Arguments):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.format(out=tmp_path / "out"))
-    parser = TrlParser((ModelArguments, DataArguments, stage))
+    name = "stage2" if stage is Stage2Arguments else "stage1"
+    parser = RecipeParser(name, ModelArguments, DataArguments, stage)
     return parser.parse_args_and_config(["--config", str(recipe), *arguments])
 
 
@@ -36,6 +36,25 @@ def test_recipe_and_command_line(tmp_path):
     assert training_args.in_batch_negatives
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, 0.1)
     assert not parse(tmp_path, RECIPE, stage=Stage2Arguments)[2].in_batch_negatives
+
+
+def test_one_recipe_for_both_stages(tmp_path):
+    both = RECIPE + "stage1: {{learning_rate: 0.1}}\nstage2: {{learning_rate: 0.2, temperature: 0.3}}\n"
+    first, second = (parse(tmp_path, both, stage=stage)[2] for stage in (Stage1Arguments, Stage2Arguments))
+    assert (first.learning_rate, first.temperature) == (0.1, 0.05)
+    assert (second.learning_rate, second.temperature) == (0.2, 0.3)
+    assert parse(tmp_path, both, "--learning_rate", "0.4")[2].learning_rate == 0.4
+    with pytest.raises(ValueError, match="the recipe has stage2 and no stage1: run train/stage2.py"):
+        parse(tmp_path, RECIPE + "stage2: {{learning_rate: 0.2}}\n")
+    with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--lerning_rate'"):
+        parse(tmp_path, RECIPE + "stage1: {{lerning_rate: 0.2}}\n")
+    with pytest.raises(ValueError, match="stage1 is 5 in the recipe"):
+        parse(tmp_path, RECIPE + "stage1: 5\n")
+
+
+def test_a_batch_size_is_of_all_processes_and_steps(tmp_path):
+    text = "output_dir: {out}\nbatch_size: 12\ngradient_accumulation_steps: 3\n"
+    assert parse(tmp_path, text)[2].per_device_train_batch_size == 4
 
 
 def test_one_dataset_needs_no_list(tmp_path):
@@ -58,6 +77,8 @@ def test_datasets_on_the_command_line_are_paths(tmp_path):
         ("datasets: [null]\n", "None is neither a mapping with a path nor a path"),
         ("datasets: [{{path: a, samples: five}}]\n", "samples is 'five' of type str"),
         ("datasets: [{{path: a, symmetric: maybe}}]\n", "symmetric is 'maybe' of type str"),
+        ("batch_size: 10\ngradient_accumulation_steps: 3\n", r"batch_size is 10, .*do not divide .* 9 would do"),
+        ("chunk_tokens: 0\n", "chunk_tokens is 0"),
         ("max_length: 0\n", "max_length is 0"),
         ("num_negatives: 1.5\n", "num_negatives is 1.5"),
         ("temperature: 0\n", "temperature is 0"),
