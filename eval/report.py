@@ -16,9 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
-from nvembed.eval.results import category_averages
+from nvembed.eval.results import category_averages, eval_results
 
 
 # Okabe and Ito's colours, which people with any colour blindness tell apart; hatches serve in grey.
@@ -276,22 +276,7 @@ def card_metadata(run: Run) -> str:
     """
     if not run.details:
         raise ValueError(f"{run.name} is a list of scores without data sets; metadata needs a run of run_mteb.py")
-    results = []
-    for task, score in run.tasks.items():
-        detail = run.details[task]
-        for metric in dict.fromkeys(("main_score", detail["metric"])):
-            results.append(
-                EvalResult(
-                    task_type=detail["type"],
-                    dataset_type=detail["dataset"] or f"mteb/{task}",  # an aggregated task has none of its own
-                    dataset_name=task if "/" not in (detail["dataset"] or "/") else f"MTEB {task}",
-                    dataset_config="default",
-                    dataset_split=", ".join(detail["splits"]),
-                    dataset_revision=detail["dataset_revision"],
-                    metric_type=metric,
-                    metric_value=round(score, 4),
-                )
-            )
+    results = eval_results(run.tasks, run.details)
     return ModelCardData(model_name=run.name, eval_results=results, tags=["mteb"]).to_yaml() + "\n"
 
 

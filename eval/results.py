@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 import mteb
+from huggingface_hub import EvalResult
 from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -153,6 +154,27 @@ def describe(task: AbsTask) -> dict:
         return known | {"dataset": None, "dataset_revision": None}
     revision = copy_of_data(task) or task.metadata.revision
     return known | {"dataset": task.metadata.dataset["path"], "dataset_revision": revision}
+
+
+def eval_results(scores: Mapping[str, float], details: Mapping[str, dict]) -> list[EvalResult]:
+    """A model card's `model-index`, as on the MTEB leaderboard; `details` as `describe` gives them."""
+    results = []
+    for task, score in scores.items():
+        detail = details[task]
+        for metric in dict.fromkeys(("main_score", detail["metric"])):
+            results.append(
+                EvalResult(
+                    task_type=detail["type"],
+                    dataset_type=detail["dataset"] or f"mteb/{task}",  # an aggregated task has none of its own
+                    dataset_name=task if "/" not in (detail["dataset"] or "/") else f"MTEB {task}",
+                    dataset_config="default",
+                    dataset_split=", ".join(detail["splits"]),
+                    dataset_revision=detail["dataset_revision"],
+                    metric_type=metric,
+                    metric_value=round(score, 4),
+                )
+            )
+    return results
 
 
 def category_averages(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:

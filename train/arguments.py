@@ -1,6 +1,7 @@
 """Every option of the training scripts, as dataclasses for `RecipeParser`: YAML and command line alike."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
@@ -94,6 +95,8 @@ class DataArguments:
 class StageArguments(TrainingArguments):
     """`TrainingArguments` with the paper's optimizer (Appendix, unverified) and the settings of the loss."""
 
+    stage: ClassVar[str]
+
     in_batch_negatives: bool = field(
         default=True, metadata={"help": "Candidates from the whole batch (stage 1) or from the row alone (stage 2)."}
     )
@@ -106,6 +109,11 @@ class StageArguments(TrainingArguments):
             "help": "Rows of a batch, all processes and accumulated steps together; sets per_device_train_batch_size."
         },
     )
+    push_adapter: bool = field(
+        default=False,
+        metadata={"help": "Push the adapter alone to the Hub; beside --push_to_hub, to <hub_model_id>-adapter."},
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "Only what is done is pushed."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     save_strategy: str = field(default="no", metadata={"help": "Intermediate adapter checkpoints: no, steps, epoch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
@@ -116,6 +124,10 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be > 0")
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            raise ValueError(
+                f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
+            )
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         if self.ddp_find_unused_parameters is None:
@@ -137,6 +149,7 @@ class StageArguments(TrainingArguments):
 class Stage1Arguments(StageArguments):
     """Stage 1: retrieval data, in-batch and hard negatives (paper section 3.3)."""
 
+    stage: ClassVar[str] = "stage1"
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (Appendix, unverified)."})
 
 
@@ -144,6 +157,7 @@ class Stage1Arguments(StageArguments):
 class Stage2Arguments(StageArguments):
     """Stage 2: all data blended, hard negatives only (paper section 3.3)."""
 
+    stage: ClassVar[str] = "stage2"
     in_batch_negatives: bool = field(
         default=False, metadata={"help": "Off: two texts of one class in a batch are not negatives of each other."}
     )

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,14 +32,16 @@ from nvembed.modeling_nvembed import (
 
 # What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
 PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
+CARD = "README.md"
 
 
 def check_output_dir(output_dir: str) -> Path:
     """Refuses a folder that holds a checkpoint already; call it before any long work.
 
     Raises:
-        FileExistsError: files of a checkpoint are there.
+        FileExistsError: files of a checkpoint are there, or a README.md.
         NotADirectoryError: the path is a file.
+        PermissionError: nothing can be written there.
     """
     folder = Path(output_dir).resolve()
     if folder.exists() and not folder.is_dir():
@@ -48,6 +50,13 @@ def check_output_dir(output_dir: str) -> Path:
     if found:
         raise FileExistsError(
             f"{folder} already holds a checkpoint ({found[0]}); name another --output_dir or move it away"
+        )
+    if (folder / CARD).exists():
+        raise FileExistsError(f"{folder / CARD} would be replaced; move it away or name another folder")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: no write permission for {nearest}; name another --output_dir"
         )
     return folder
 
@@ -120,8 +129,11 @@ def staged(output_dir: str) -> Iterator[Path]:
                 path.rmdir()
 
 
-def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
+def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[[Path], None] | None = None) -> None:
     """Saves the model.
+
+    Args:
+        write_card: adds a model card to the folder that it is given.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -133,6 +145,8 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str) -> None:
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
+        if write_card is not None:
+            write_card(partial)
 
 
 def fold_released(source: str, output_dir: str) -> None:

@@ -10,6 +10,7 @@ today's transformers and sentence-transformers.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser,
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.card import write_base_card
 from nvembed.train.checkpoints import check_output_dir, convert_released, fold_released, paper_prompts, write_checkpoint
 
 
@@ -162,7 +164,7 @@ def main(args: InitArguments) -> None:
         convert(args.from_released, args.output_dir)
     else:
         check_output_dir(args.output_dir)
-        write_checkpoint(init_model(args), args.output_dir)
+        write_checkpoint(init_model(args), args.output_dir, partial(write_base_card, base=args.base))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,35 @@
 accelerate launch train/stage1.py --config train/recipes/quickstart-stage1.yaml --output_dir runs/stage1
 """
 
+from pathlib import Path
+
 from transformers import set_seed
+from trl import get_quantization_config
 
 from nvembed.eval.local_tasks import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, StageArguments
+from nvembed.train.card import describe_run, write_card
 from nvembed.train.checkpoints import check_output_dir, check_resume, find_resume
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import load_blend
-from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+from nvembed.train.hub import check_push, push_folder, repositories
+from nvembed.train.trainer import ADAPTER, EmbeddingTrainer, add_adapter
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     check_output_dir(training_args.output_dir)
+    check_push(training_args, model_args)
     resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)
     held_out = None
     if data_args.eval_tasks is not None:
         held_out = read_tasks(data_args.eval_tasks, data_args.eval_names)
     set_seed(training_args.seed)  # LoRA's first weights are drawn before the Trainer sets it
     model = NVEmbedModel.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
     )
     triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
 
@@ -39,7 +48,18 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     if resume is not None:
         check_resume(resume, trainer.model)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_merged()
+
+    names = repositories(training_args)
+    model_name, adapter_name = names.get("model", training_args.output_dir), names.get("adapter", "")
+    run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out)
+    trainer.save_merged(
+        lambda folder: write_card(folder, run, model_name),
+        lambda folder: write_card(folder, run, adapter_name, adapter=True),
+    )
+    if trainer.is_world_process_zero():
+        for kind, name in names.items():
+            folder = Path(training_args.output_dir, ADAPTER if kind == "adapter" else "")
+            trainer.accelerator.print(f"Pushed to {push_folder(folder, name, training_args)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """`transformers.Trainer` for triplets: contrastive loss, local tasks as its evaluation, tokens/s in its log."""
 
+import copy
 import errno
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from mteb.abstasks import AbsTask
 from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
@@ -27,13 +29,14 @@ from nvembed.train.watch import LossGuard, Window
 
 
 PARTIAL_CHECKPOINT = ".partial-checkpoint"
+ADAPTER = "adapter"  # folder within the output folder
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
     """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
 
     Raises:
-        ValueError: the latent attention is folded.
+        ValueError: the latent attention is folded, or quantized weights would be trained themselves.
     """
     if model.config.latent_attention_is_folded:
         raise ValueError(
@@ -41,6 +44,10 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
             "unfolded checkpoint that it was made from"
         )
     config = get_peft_config(model_args)
+    if config is None and is_quantized(model):
+        raise ValueError(
+            "quantized weights cannot be trained: drop load_in_4bit and load_in_8bit, or set use_peft: true"
+        )
     if config is None:
         return model.float()  # as below: full fine-tuning in bf16 would lose small updates
     pooling = model.latent_attention_model
@@ -50,18 +57,43 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
     return get_peft_model(model, config)
 
 
+def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
+    """Whether bitsandbytes holds the decoder's matrices in 8 or 4 bit."""
+    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+
+
 def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
-    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load."""
+    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load.
+
+    Into a quantized base, LoRA was trained to make up for its rounding, so it is added to what those numbers stand for,
+    not to the weights that they were rounded from, and the sum is not rounded to 8 or 4 bit again.
+    """
+    if is_quantized(model):
+        model = with_weights(model, dequantized_weights(model))
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     return model.to(model.embedding_model.norm.weight.dtype)
 
 
+def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
+    """The weights, matrices of 8 or 4 bit multiplied out to the dtype of the norms, in main memory."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+            matrix = dequantize_module_weight(module).detach()
+            weights[f"{name}.weight"] = matrix.to("cpu", base.embedding_model.norm.weight.dtype)
+    return weights
+
+
 def with_weights(model: NVEmbedModel | PeftModel, weights: dict[str, Tensor]) -> NVEmbedModel | PeftModel:
     """The same model and adapter around other weights; `model` itself, whose own are shards, stays as it is."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
-        whole = NVEmbedModel(base.config)
+        whole = NVEmbedModel(config)
         if isinstance(model, PeftModel):
             whole = get_peft_model(whole, model.peft_config[model.active_adapter])
     whole.load_state_dict(weights, assign=True)
@@ -74,7 +106,7 @@ class EmbeddingTrainer(Trainer):
 
     Raises:
         ValueError: fewer triplets than one batch of all processes holds; an evaluation set that no `eval_steps` uses;
-            a bf16 decoder without bf16 training.
+            a bf16 decoder without bf16 training; a quantized one that would be split over processes.
     """
 
     def __init__(self, *args, eval_dataset: Sequence[AbsTask] | None = None, eval_max_length: int = 512, **kwargs):
@@ -90,10 +122,15 @@ class EmbeddingTrainer(Trainer):
             )
         if eval_dataset is not None and self.args.eval_strategy == "no":
             raise ValueError("tasks to measure are given but no eval_steps: set eval_tasks and eval_steps, or none")
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         if len(dtypes) > 1 and not (self.args.bf16 or self.args.fp16):
             raise ValueError(
                 f"the weights are of {dtypes} and mixed precision is off: set bf16: true, or dtype: float32"
+            )
+        if is_quantized(self.model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "a base of 8 or 4 bit is not split over processes: use DDP (train/recipes/accelerate/ddp.yaml), or "
+                "drop load_in_4bit and load_in_8bit"
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window, self._guard = Window(self.model, self.args.device), LossGuard()
@@ -173,8 +210,15 @@ class EmbeddingTrainer(Trainer):
             logs |= self._window.close()
         super().log(logs, start_time)
 
-    def save_merged(self) -> None:
-        """Writes the merged checkpoint to `output_dir`, on the main process."""
+    def save_merged(
+        self, write_card: Callable[[Path], None] | None = None, write_adapter_card: Callable[[Path], None] | None = None
+    ) -> None:
+        """Writes the merged checkpoint to `output_dir`, on the main process, and with `push_adapter` the adapter, too.
+
+        Args:
+            write_card: adds a model card to the folder that it is given.
+            write_adapter_card: likewise, to `output_dir`/adapter.
+        """
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Merging into {self.args.output_dir}")
         model = self.accelerator.unwrap_model(self.model)
@@ -182,5 +226,11 @@ class EmbeddingTrainer(Trainer):
             weights = self.accelerator.get_state_dict(self.model_wrapped)  # whole, on the main process
             model = with_weights(model, weights) if self.is_world_process_zero() else None
         if self.is_world_process_zero():
-            write_checkpoint(merge_adapter(model), self.args.output_dir)
+            if self.args.push_adapter:
+                folder = Path(self.args.output_dir, ADAPTER)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+                model.save_pretrained(folder)
+                if write_adapter_card is not None:
+                    write_adapter_card(folder)
+            write_checkpoint(merge_adapter(model), self.args.output_dir, write_card)
         self.accelerator.wait_for_everyone()

@@ -54,6 +54,10 @@ class Blend(TorchDataset):
         name = self.tables[index][0]["dataset"]
         return np.random.default_rng([self.seed, *(text_id(str(part)) for part in (name, *purpose))])
 
+    def samples(self, places: int) -> list[int]:
+        """How many of the first so many places each set has."""
+        return np.bincount(self._sets[:places], minlength=len(self.tables)).tolist()
+
     def __len__(self) -> int:
         return len(self._sets)
 

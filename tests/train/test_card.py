@@ -1,0 +1,66 @@
+"""What a card takes over from the card of its base."""
+
+from huggingface_hub import ModelCard
+
+from nvembed.train.card import TrainingRun, is_hub_name, write_base_card, write_card
+from nvembed.train.data.registry import DatasetSource
+
+
+def make_run(stage: str, base: str, **overrides) -> TrainingRun:
+    example = {"query": "q", "positive": "p", "negatives": [], "instruction": "Find", "symmetric": True}
+    fields = {
+        "sources": [DatasetSource("org/questions", instruction="Find"), DatasetSource("own.jsonl", instruction="")],
+        "kinds": ["retrieval", "triplets"],
+        "instructions": ["Find", ""],
+        "triplets": [12345, 7],
+        "samples": [640, 3],
+        "example": example,
+        "settings": {"learning_rate": 2e-5},
+        "history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "train_runtime": 120.0}],
+        "tasks": [],
+    }
+    return TrainingRun(stage=stage, base=base, **(fields | overrides))
+
+
+def test_a_stage_takes_its_bases_account_over(tmp_path):
+    for name in ("base", "one", "two"):
+        (tmp_path / name).mkdir()
+    write_base_card(tmp_path / "base", "org/decoder-7b")
+    write_card(tmp_path / "one", make_run("stage1", str(tmp_path / "base")), "runs/one")
+    write_card(tmp_path / "two", make_run("stage2", str(tmp_path / "one")), "org/two")
+    card = ModelCard.load(tmp_path / "two" / "README.md")
+    assert card.data.base_model == "org/decoder-7b", "the decoder, through two local folders"
+    assert card.data.datasets == ["org/questions"]
+    text = card.text
+    assert text.count("## Training\n") == 1
+    assert text.index("### stage1") < text.index("(loss_stage1.png)") < text.index("### stage2")
+    assert (tmp_path / "two" / "loss_stage1.png").read_bytes() == (tmp_path / "one" / "loss_stage1.png").read_bytes()
+    assert "| org/questions | retrieval | Find | 12,345 | 640 |" in text
+    assert "| own | triplets | - | 7 | 3 |" in text
+    assert "2.0 minutes" in text
+    assert "passages = model.encode(['p'], instruction='Instruct: Find\\nQuery: ')" in text, "symmetric"
+
+
+def test_a_base_without_a_card_or_with_a_broken_one_is_no_obstacle(tmp_path):
+    (tmp_path / "out").mkdir()
+    write_card(tmp_path / "out", make_run("stage1", str(tmp_path / "nowhere")), "mine")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "README.md").write_text("---\nlicense: [\n---\n# Mine\n")
+    write_card(tmp_path / "out", make_run("stage1", str(tmp_path / "broken")), "mine")
+    assert "base_model" not in ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+
+
+def test_the_bases_license_stays(tmp_path):
+    for name in ("base", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: org/x\n---\n# NV\n")
+    write_card(tmp_path / "out", make_run("stage1", str(tmp_path / "base")), "mine")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.base_model) == ("cc-by-nc-4.0", "org/x")
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "there").mkdir(parents=True)
+    assert is_hub_name("org/model-v1.0")
+    assert not any(map(is_hub_name, ["org/there", "model", "/tmp/x/y", "../x", "a/b/c", "data/x y"]))

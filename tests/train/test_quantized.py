@@ -1,0 +1,112 @@
+"""LoRA on a base of 8 or 4 bit (QLoRA, arXiv 2305.14314): it trains, and merges into what the numbers stand for."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import get_quantization_config
+
+from nvembed import NVEmbedModel
+from nvembed.train.arguments import ModelArguments, Stage1Arguments
+from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.registry import DatasetSource, load_triplets
+from nvembed.train.init_checkpoint import init_model
+from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, decoder_dir, init_args):
+    """Rows of 64, a whole block of NF4's."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(decoder_dir, folder / "decoder")
+    (folder / "decoder" / "model.safetensors").unlink()
+    config = LlamaConfig.from_pretrained(decoder_dir)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
+    write_checkpoint(init_model(init_args(base=str(folder / "decoder"))), str(folder / "checkpoint"))
+    return folder / "checkpoint"
+
+
+def make_trainer(wide, tmp_path, sentences, **options):
+    halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in sentences]
+    rows = [json.dumps({"query": q, "positive": p, "instruction": "Complete"}) + "\n" for q, p in halves]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    model_args = ModelArguments(lora_dropout=0.0, **options)
+    model = NVEmbedModel.from_pretrained(
+        wide, dtype=model_args.dtype, quantization_config=get_quantization_config(model_args)
+    )
+    arguments = Stage1Arguments(
+        output_dir=str(tmp_path / "out"), max_steps=3, learning_rate=1e-2, warmup_steps=0, logging_steps=1,
+        per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, bf16=model_args.dtype == "bfloat16",
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    return EmbeddingTrainer(
+        model=add_adapter(model, model_args),
+        args=arguments,
+        train_dataset=load_triplets([DatasetSource(str(tmp_path / "pairs.jsonl"))], num_negatives=2),
+        data_collator=TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2),
+    )
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_trains_and_merges(wide, tmp_path, sentences, bits):
+    trainer = make_trainer(wide, tmp_path, sentences, dtype="bfloat16", **{bits: True})
+    model = trainer.model
+    kinds = {type(p).__name__ for name, p in model.named_parameters() if "base_layer" in name}
+    assert kinds == {"Params4bit" if bits == "load_in_4bit" else "Int8Params"}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(before[name].dtype == torch.float32 for name in trained), "LoRA and latent attention in full precision"
+    assert any("latents" in name for name in trained)
+    untrained = model.encode(sentences)
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trained
+    adapted = model.encode(sentences)
+    changed = (adapted - untrained).norm(dim=1).mean()
+    trainer.save_merged()
+
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert not hasattr(merged.config, "quantization_config"), "the merged model is no quantized one"
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    off = (merged.encode(sentences) - adapted).norm(dim=1).mean()
+    assert off < 0.1 * changed, f"merged differs by {off}, training moved {changed}"
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_merged_matrix_is_dequantized_plus_lora(wide, tmp_path, sentences, bits):
+    trainer = make_trainer(wide, tmp_path, sentences, dtype="float32", **{bits: True})
+    trainer.train()
+    layer = trainer.model.get_base_model().embedding_model.layers[1].mlp.down_proj
+    eye = torch.eye(layer.in_features)
+    with torch.no_grad():
+        product = (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()) * 2  # 32 / 16
+        if bits == "load_in_4bit":  # the codes, looked up in NF4's table, times the largest of each 64
+            weight = layer.base_layer.weight
+            quantized = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+        else:
+            codes = layer.base_layer.weight.data.double()
+            scales = (
+                layer.base_layer.state.SCB if layer.base_layer.state.SCB is not None else layer.base_layer.weight.SCB
+            )
+            quantized = codes * scales.double()[:, None] / 127
+    original = NVEmbedModel.from_pretrained(wide).embedding_model.layers[1].mlp.down_proj.weight.double()
+    assert eye.shape[0] == original.shape[1]
+    trainer.save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out").embedding_model.layers[1].mlp.down_proj.weight.double()
+    torch.testing.assert_close(merged, quantized + product, atol=1e-6, rtol=0)
+    assert (merged - original - product).abs().max() > 1e-4, "the base's rounding is kept, LoRA made up for it"
+
+
+def test_quantized_weights_are_not_trained_themselves(wide, tmp_path, sentences):
+    with pytest.raises(ValueError, match="quantized weights cannot be trained: drop load_in_4bit"):
+        make_trainer(wide, tmp_path, sentences, dtype="bfloat16", load_in_4bit=True, use_peft=False)

@@ -1,0 +1,267 @@
+"""The model card of a training run: what the model was made from, on what data, how, and how it does."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from mteb.abstasks import AbsTask
+from transformers.utils.logging import get_logger
+from yaml import YAMLError
+
+from nvembed.eval.report import markdown_table
+from nvembed.eval.results import describe, eval_results
+from nvembed.modeling_nvembed import format_instruction
+from nvembed.train.arguments import DataArguments, ModelArguments, StageArguments
+from nvembed.train.checkpoints import CARD
+from nvembed.train.data.blend import Blend
+from nvembed.train.data.registry import DatasetSource, infer_kind
+
+
+logger = get_logger(__name__)
+
+TRAINING = "\n## Training\n"  # the last section; a stage takes its base's over and adds its own
+
+SETTINGS = (
+    "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed", "bf16", "dtype",
+    "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "lora_modules_to_save", "gradient_checkpointing", "gradient_accumulation_steps", "processes",
+)  # fmt: skip
+
+
+@dataclass
+class TrainingRun:
+    """What a card tells of a run.
+
+    Args:
+        stage: name of the script.
+        base: what it started from: a local folder or a Hub name.
+        sources: of the triplets.
+        kinds, instructions: of each source; an instruction that differs from row to row is that of the first.
+        triplets: how many each source has.
+        samples: how many of each were trained on, repetitions counted.
+        example: one triplet.
+        settings: name -> value.
+        history: the Trainer's log, step by step.
+        tasks: those measured during training.
+    """
+
+    stage: str
+    base: str
+    sources: Sequence[DatasetSource]
+    kinds: Sequence[str]
+    instructions: Sequence[str]
+    triplets: Sequence[int]
+    samples: Sequence[int]
+    example: dict
+    settings: dict[str, object]
+    history: Sequence[dict]
+    tasks: Sequence[AbsTask]
+
+
+def describe_run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: StageArguments,
+    blend: Blend,
+    history: Sequence[dict],
+    tasks: Sequence[AbsTask] | None,
+) -> TrainingRun:
+    """Gathers what `write_card` needs, after training."""
+    groups = (training_args, data_args, model_args)
+    known = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    known |= {"processes": training_args.world_size}
+    share = training_args.world_size * training_args.gradient_accumulation_steps
+    known["batch_size"] = training_args.per_device_train_batch_size * share
+    if not model_args.use_peft:
+        known = {name: value for name, value in known.items() if not name.startswith("lora_")}
+    known["steps"] = steps = max((entry.get("step", 0) for entry in history), default=0)
+    return TrainingRun(
+        stage=training_args.stage,
+        base=model_args.model_name_or_path,
+        sources=data_args.datasets,
+        kinds=[source.kind or infer_kind(source) for source in data_args.datasets],
+        instructions=[table[0]["instruction"] for table in blend.tables],
+        triplets=[len(table) for table in blend.tables],
+        samples=blend.samples(steps * known["batch_size"]),
+        example=blend[0],
+        settings={name: known[name] for name in SETTINGS if known.get(name) is not None and known[name] is not False},
+        history=list(history),
+        tasks=list(tasks or ()),
+    )
+
+
+def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False) -> None:
+    """Writes README.md and the loss curve that it shows.
+
+    Args:
+        folder: of the checkpoint, or of the adapter.
+        name: what loads the model: a Hub name, or a local folder.
+        adapter: the folder holds an adapter alone.
+    """
+    curve = f"loss_{run.stage}.png"
+    draw_loss(run, folder / curve)
+    before, earlier = earlier_training(run.base, folder)
+    base_model = run.base if is_hub_name(run.base) else before.get("base_model")
+    scores = last_scores(run)
+    data = ModelCardData(
+        model_name=name.split("/")[-1],
+        base_model=base_model,
+        datasets=sorted({source.path for source in run.sources if is_hub_name(source.path)}) or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="feature-extraction",
+        **{name: before[name] for name in ("license", "license_name", "license_link") if name in before},
+        tags=["nvembed", "sentence-transformers", "sentence-similarity", "mteb"],
+        eval_results=eval_results(scores, {task.metadata.name: describe(task) for task in run.tasks if scores}) or None,
+    )
+    text = f"# {name.split('/')[-1]}\n\n{introduction(run, base_model)}\n\n## Usage\n\n{usage(run, name, adapter)}\n"
+    if scores:
+        text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
+    text += f"{TRAINING}{earlier}\n### {run.stage}\n\n{training_text(run)}\n\n![Loss by step]({curve})\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
+
+
+def write_base_card(folder: Path, base: str) -> None:
+    """The card of an untrained checkpoint: what training starts from, for the cards of its stages."""
+    data = ModelCardData(
+        base_model=base if is_hub_name(base) else None,
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["nvembed"],
+    )
+    text = f"# Untrained NV-Embed checkpoint\n\nMade from `{Path(base).name if Path(base).exists() else base}` by "
+    text += "`train/init_checkpoint.py` of nvembed. Its embeddings are the mean of the decoder's states; train it.\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
+
+
+def is_hub_name(name: str) -> bool:
+    if Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def earlier_training(base: str, folder: Path) -> tuple[dict, str]:
+    """Metadata of the base's card and, of a local one, its account of training, whose curves are copied to `folder`."""
+    try:
+        card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
+    except (
+        OSError,
+        ValueError,
+        YAMLError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+    ) as error:  # none there, or broken metadata
+        logger.info(f"no card of {base} to go on from: {error}")
+        return {}, ""
+    if is_hub_name(base):
+        return card.data.to_dict(), ""
+    _, _, training = card.text.partition(TRAINING)
+    for image in re.findall(r"!\[[^]]*]\((loss_\w+\.png)\)", training):
+        if Path(base, image).is_file() and not (folder / image).exists():
+            shutil.copyfile(Path(base, image), folder / image)
+    return card.data.to_dict(), training.rstrip() + "\n" if training else ""
+
+
+def introduction(run: TrainingRun, base_model: str | None) -> str:
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{Path(run.base).name}`"
+    return (
+        f"A text-embedding model made from {source} as [NV-Embed](https://arxiv.org/abs/2405.17428) is: a decoder with "
+        "bidirectional attention, pooled over its tokens, contrastively tuned on texts with instructions."
+    )
+
+
+def usage(run: TrainingRun, name: str, adapter: bool) -> str:
+    """Code that runs as written, on one of the triplets."""
+    instruction = format_instruction(run.example["instruction"])
+    on_passages = f", instruction={instruction!r}" if run.example["symmetric"] else ""
+    passages = [shorten(text) for text in [run.example["positive"], *run.example["negatives"][:1]]]
+    load = [f'model = AutoModel.from_pretrained("{name}", trust_remote_code=True)']
+    if adapter:
+        load = [
+            f'base = AutoModel.from_pretrained("{run.base}", trust_remote_code=True)',
+            f'model = PeftModel.from_pretrained(base, "{name}").eval()',
+        ]
+    lines = [
+        "```python",
+        *(["from peft import PeftModel"] if adapter else []),
+        "from transformers import AutoModel",
+        "",
+        *load,
+        f"queries = model.encode([{shorten(run.example['query'])!r}], instruction={instruction!r})",
+        f"passages = model.encode({passages!r}{on_passages})",
+        "print(queries @ passages.T)  # cosine similarities",
+        "```",
+    ]
+    if not adapter:
+        lines += ["", f'`SentenceTransformer("{name}", trust_remote_code=True)` gives the same embeddings.']
+    return "\n".join(lines)
+
+
+def shorten(text: str, words: int = 30) -> str:
+    return " ".join(text.split()[:words])
+
+
+def measurements(run: TrainingRun) -> list[dict]:
+    names = [task.metadata.name for task in run.tasks]
+    return [entry for entry in run.history if names and all(f"eval_{name}" in entry for name in names)]
+
+
+def last_scores(run: TrainingRun) -> dict[str, float]:
+    """Main score of each task, 0 to 1, at the end; empty if nothing was measured."""
+    last = measurements(run)[-1:]
+    return {task.metadata.name: entry[f"eval_{task.metadata.name}"] for entry in last for task in run.tasks}
+
+
+def evaluation_table(run: TrainingRun) -> str:
+    points = measurements(run)
+    shown = points if len(points) <= 4 else [*points[:3], points[-1]]
+    rows = [["task", "metric", *(f"step {entry['step']}" for entry in shown)]]
+    for task in run.tasks:
+        name = task.metadata.name
+        rows.append(
+            [name, task.metadata.main_score.replace("_", " "), *(f"{100 * e[f'eval_{name}']:.2f}" for e in shown)]
+        )
+    return "Held-out tasks by mteb's classes, in percent, measured during training.\n\n" + markdown_table(rows, 2)
+
+
+def training_text(run: TrainingRun) -> str:
+    rows = [["data set", "kind", "instruction", "triplets", "trained on"]]
+    columns = (run.sources, run.kinds, run.instructions, run.triplets, run.samples)
+    for source, kind, instruction, triplets, samples in zip(*columns, strict=True):
+        place = source.path if is_hub_name(source.path) else source.name
+        rows.append([place, kind, instruction or "-", f"{triplets:,}", f"{samples:,}"])
+    settings = [["setting", "value"]]
+    for name, value in run.settings.items():
+        value = ", ".join(value) if isinstance(value, list) else getattr(value, "value", value)
+        settings.append([f"`{name}`", str(value)])
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    start = run.base if is_hub_name(run.base) else Path(run.base).name
+    text = f"`train/{run.stage}.py` of nvembed, started from `{start}`; {libraries}"
+    seconds = sum(entry["train_runtime"] for entry in run.history if "train_runtime" in entry)
+    text += f"; {seconds / 60:.1f} minutes since the last start.\n\n" if seconds else ".\n\n"
+    return f"{text}{markdown_table(rows, 3)}\n\n{markdown_table(settings, 2)}"
+
+
+def draw_loss(run: TrainingRun, path: Path) -> None:
+    points = [(entry["step"], entry["loss"]) for entry in run.history if "loss" in entry]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    if points:
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="step", ylabel="contrastive loss", title=run.stage)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,74 @@
+"""Pushing what was trained to the Hub; whether that will work is found out before training."""
+
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from nvembed.train.arguments import ModelArguments, StageArguments
+
+
+def check_push(training_args: StageArguments, model_args: ModelArguments) -> None:
+    """Makes sure of token, repository and right to write, and completes `hub_model_id`; without pushing, does nothing.
+
+    Raises:
+        ConnectionError: the Hub does not answer.
+        PermissionError: the token may not write to the repository.
+        ValueError: there is no token, the Hub does not accept it, or there is no adapter to push.
+    """
+    if training_args.push_adapter and not model_args.use_peft:
+        raise ValueError("--push_adapter has no adapter to push: --use_peft is false; push the model: --push_to_hub")
+    if training_args.process_index > 0 or not (training_args.push_to_hub or training_args.push_adapter):
+        return
+    api = HfApi(token=training_args.hub_token)
+    try:
+        user = api.whoami()["name"]
+    except LocalTokenNotFoundError:
+        raise ValueError(
+            "pushing needs a Hub token: run `hf auth login`, or set HF_TOKEN or --hub_token, or leave --push_to_hub "
+            "and --push_adapter out"
+        ) from None
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(f"{api.endpoint} does not answer ({error}); train without --push_to_hub") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{api.endpoint} does not accept the token: {error}; run `hf auth login` again") from error
+    name = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    training_args.hub_model_id = name if "/" in name else f"{user}/{name}"
+    for repo_id in repositories(training_args).values():
+        try:
+            api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True)
+            api.auth_check(repo_id, write=True)
+        except HfHubHTTPError as error:
+            raise PermissionError(
+                f"the token of {user} may not write to {repo_id}: {error}; use a token with write access, or name a "
+                "repository of your own with --hub_model_id"
+            ) from error
+
+
+def repositories(training_args: StageArguments) -> dict[str, str]:
+    """Where the "model" and the "adapter" go, as far as they are asked for; together, the adapter gets its own."""
+    names = {}
+    if training_args.push_to_hub:
+        names["model"] = training_args.hub_model_id
+    if training_args.push_adapter:
+        names["adapter"] = training_args.hub_model_id + ("-adapter" if names else "")
+    return names
+
+
+def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> str:
+    """Uploads the files of a folder, without its subfolders, in one commit, and returns the repository's address.
+
+    Raises:
+        ConnectionError: it did not work; the folder is as it was.
+    """
+    api = HfApi(token=training_args.hub_token)
+    try:
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, ignore_patterns=["*/*"], commit_message=f"{training_args.stage} done"
+        )
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise ConnectionError(
+            f'{folder} is whole but was not pushed: {error}. Push it by `hf upload {repo_id} {folder} --exclude "*/*"`'
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
