@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from mteb.abstasks import AbsTask
 from peft import PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
@@ -78,10 +78,11 @@ def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
 def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
     """The weights, matrices of 8 or 4 bit multiplied out to the dtype of the norms, in main memory."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    state = model.state_dict()  # not the parameters: bitsandbytes rearranges 4 bit on a CPU, and undoes it in here
+    weights = {name: state[name].cpu() for name, _ in model.named_parameters()}
     for name, module in model.named_modules():
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
-            matrix = dequantize_module_weight(module).detach()
+        if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+            matrix = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()
             weights[f"{name}.weight"] = matrix.to("cpu", base.embedding_model.norm.weight.dtype)
     return weights
 
@@ -131,6 +132,15 @@ class EmbeddingTrainer(Trainer):
             raise ValueError(
                 "a base of 8 or 4 bit is not split over processes: use DDP (train/recipes/accelerate/ddp.yaml), or "
                 "drop load_in_4bit and load_in_8bit"
+            )
+        if (
+            getattr(self.model, "is_loaded_in_4bit", False)
+            and eval_dataset is not None
+            and self.args.device.type == "cpu"
+        ):
+            raise ValueError(
+                "on a CPU, bitsandbytes rearranges weights of 4 bit when tasks are measured, and passes no gradients "
+                "through them then: train without eval_tasks, or without load_in_4bit"
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window, self._guard = Window(self.model, self.args.device), LossGuard()

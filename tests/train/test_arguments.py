@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
 from nvembed.train.data.registry import DatasetSource
 
+
+RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
 RECIPE = """
 output_dir: {out}
@@ -50,6 +56,35 @@ def test_one_recipe_for_both_stages(tmp_path):
         parse(tmp_path, RECIPE + "stage1: {{lerning_rate: 0.2}}\n")
     with pytest.raises(ValueError, match="stage1 is 5 in the recipe"):
         parse(tmp_path, RECIPE + "stage1: 5\n")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkeypatch):
+    content = yaml.safe_load(path.read_text())
+    if "tasks" in content:
+        pytest.skip("a file of tasks")
+    monkeypatch.chdir(path.parents[2])
+    for name, stage in (("stage1", Stage1Arguments), ("stage2", Stage2Arguments)):
+        if (
+            {"stage1", "stage2"} & content.keys()
+            or name in path.stem
+            or (name == "stage1" and "stage" not in path.stem)
+        ):
+            parser = RecipeParser(name, ModelArguments, DataArguments, stage)
+            on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
+            _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
+            for source in data_args.datasets:
+                assert source.kind is not None and source.instruction is not None, source
+            assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
+            if path.stem.startswith("paper"):
+                assert training_args.per_device_train_batch_size == 128, "of one process"
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == {"one-gpu": 1, "multi-node": 16}.get(path.stem, 8)
 
 
 def test_a_batch_size_is_of_all_processes_and_steps(tmp_path):

@@ -66,20 +66,28 @@ def test_trains_and_merges(wide, tmp_path, sentences, bits):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(before[name].dtype == torch.float32 for name in trained), "LoRA and latent attention in full precision"
     assert any("latents" in name for name in trained)
-    untrained = model.encode(sentences)
     trainer.train()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == trained
-    adapted = model.encode(sentences)
-    changed = (adapted - untrained).norm(dim=1).mean()
     trainer.save_merged()
-
     merged = NVEmbedModel.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
-    assert not hasattr(merged.config, "quantization_config"), "the merged model is no quantized one"
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    off = (merged.encode(sentences) - adapted).norm(dim=1).mean()
-    assert off < 0.1 * changed, f"merged differs by {off}, training moved {changed}"
+
+
+@pytest.mark.parametrize(("bits", "bar"), [("load_in_4bit", 1e-4), ("load_in_8bit", 2e-2)])
+def test_merged_embeddings_are_those_of_the_adapter(wide, tmp_path, sentences, bits, bar):
+    """8 bit rounds the activations, too."""
+    trainer = make_trainer(wide, tmp_path, sentences, dtype="float32", **{bits: True})
+    trainer.train()
+    for module in trainer.model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # a kernel that computes in bf16
+    adapted = trainer.model.encode(sentences)
+    trainer.save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out").encode(sentences)
+    assert (NVEmbedModel.from_pretrained(wide).encode(sentences) - merged).abs().max() > 0.2, "it learnt something"
+    torch.testing.assert_close(merged, adapted, atol=bar, rtol=0)
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])

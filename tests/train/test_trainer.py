@@ -1,14 +1,17 @@
 """Two real training steps on the tiny checkpoint: what moves, what is saved, what is logged."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import set_seed
 
@@ -184,14 +187,14 @@ TORCHRUN = [
 ]  # accelerate starts CPU processes by MPI only
 
 
-def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, environment=None):
+def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, environment=None, timeout=300):
     arguments = ["--model_name_or_path", checkpoint, "--datasets", pairs_file, "--output_dir", output_dir]
     arguments += ["--max_steps=2", "--warmup_steps=0", "--num_negatives=2", "--logging_steps=1", "--use_cpu"]
     arguments += ["--learning_rate=1e-2", "--lora_dropout=0", *options]
     command = [sys.executable, "-m", *launcher, ROOT / "train" / script, *arguments]
     environment = os.environ | (environment or {})
     command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
 
 
 def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sentences):
@@ -238,13 +241,16 @@ def many_pairs(tmp_path, sentences):
     return path
 
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "MistralDecoderLayer,LatentAttention",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
+def fsdp2_environment() -> dict[str, str]:
+    """What `accelerate launch --config_file train/recipes/accelerate/fsdp2.yaml` sets; it starts no CPU processes."""
+    settings = yaml.safe_load((ROOT / "train" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    settings["fsdp_transformer_cls_to_wrap"] = settings.pop("fsdp_transformer_layer_cls_to_wrap")
+    return {"ACCELERATE_USE_FSDP": "true"} | {
+        name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()
+    }
+
+
+FSDP2 = fsdp2_environment()
 
 
 @pytest.mark.parametrize("script", ["stage1.py", "stage2.py"])
@@ -272,6 +278,69 @@ def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpo
     for name in curves:
         other = NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences)
         torch.testing.assert_close(other, one, atol=1e-3, rtol=0)
+
+
+def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
+    """Stopped after 3 of 6 steps, in two processes with the weights in shards, it ends where an unbroken one does."""
+    options = ["--ddp_backend=gloo", "--batch_size=8", "--disable_tqdm=true", "--report_to=none"]
+    options += ["--lr_scheduler_type=constant", "--save_strategy=steps", "--save_steps=3", "--max_steps=6"]
+    whole = run_stage(TORCHRUN, "stage1.py", checkpoint, many_pairs, tmp_path / "a", *options, environment=FSDP2)
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "a" / "checkpoint-3").is_dir()
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    resumed = run_stage(
+        TORCHRUN, "stage1.py", checkpoint, many_pairs, tmp_path / "b", *options, "--resume_from_checkpoint=true",
+        environment=FSDP2,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in "ab")
+    torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
+    assert len(re.findall("'loss'", resumed.stdout)) == 3
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, checkpoint, pairs_file, monkeypatch):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=3)
+    save = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"no space left for .*checkpoint-2; earlier .* the last is .*checkpoint-1$"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("*")] == ["checkpoint-1"], "nothing half-written stays"
+    monkeypatch.setattr(torch, "save", save)
+    make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=3).train(
+        resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+    )
+
+
+def test_a_failing_process_ends_all_with_its_error(tmp_path, checkpoint, many_pairs):
+    """The second process finds its weights broken; the first waits for it in the gathering of the embeddings."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        """
+import os, sys
+from nvembed.train import stage1
+from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments
+
+if os.environ["RANK"] == "1":
+    compute_loss = stage1.EmbeddingTrainer.compute_loss
+    def broken(self, model, inputs, **options):
+        if self.state.global_step == 2:
+            inputs["query_ids"] = None
+        return compute_loss(self, model, inputs, **options)
+    stage1.EmbeddingTrainer.compute_loss = broken
+stage1.main(*RecipeParser("stage1", ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
+"""
+    )
+    options = ["--ddp_backend=gloo", "--batch_size=8", "--max_steps=20", "--disable_tqdm=true", "--report_to=none"]
+    result = run_stage(TORCHRUN, worker, checkpoint, many_pairs, tmp_path / "out", *options, timeout=120)
+    assert result.returncode != 0
+    assert "[rank1]" in result.stderr and "Error" in result.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_too_few_triplets_are_an_error_before_training(tmp_path, checkpoint, pairs_file):
