@@ -191,7 +191,8 @@ def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, en
     arguments = ["--model_name_or_path", checkpoint, "--datasets", pairs_file, "--output_dir", output_dir]
     arguments += ["--max_steps=2", "--warmup_steps=0", "--num_negatives=2", "--logging_steps=1", "--use_cpu"]
     arguments += ["--learning_rate=1e-2", "--lora_dropout=0", *options]
-    command = [sys.executable, "-m", *launcher, ROOT / "train" / script, *arguments]
+    sharded = [ROOT / "tests" / "train" / "fsdp2_stage.py"] if environment else []
+    command = [sys.executable, "-m", *launcher, *sharded, ROOT / "train" / script, *arguments]
     environment = os.environ | (environment or {})
     command = [str(part) for part in command]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
