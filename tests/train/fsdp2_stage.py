@@ -21,7 +21,8 @@ def compute_loss(self, model, *args, **kwargs):
 
 def init(self, *args, **kwargs):
     state_init(self, *args, **kwargs)
-    self.distributed_type = DistributedType.MULTI_GPU
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
 
 
 state_init, PartialState.__init__ = PartialState.__init__, init
