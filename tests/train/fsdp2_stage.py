@@ -1,7 +1,7 @@
 """Runs a training script under FSDP2 on CPUs: `fsdp2_stage.py train/stage1.py --model_name_or_path ...`.
 
-accelerate shards on GPUs alone: on CPUs it falls back to DDP without a word. Here it is told that its two gloo processes
-are GPUs, so that its own FSDP2 code runs, and the run fails unless the weights were shards.
+accelerate shards on GPUs alone: on CPUs it falls back to DDP without a word. Here it is told that its two gloo
+processes are GPUs, so that its own FSDP2 code runs, and the run fails unless the weights were shards.
 """
 
 import runpy
