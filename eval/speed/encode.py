@@ -65,12 +65,14 @@ WAYS = ("released", "unfolded", "folded", "mean")
 # --- Model and texts
 
 
-def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> NVEmbedModel:
+def random_model(
+    shape: str, layers: int, device: str, dtype: torch.dtype, pooling_type: str = "latent_attention"
+) -> NVEmbedModel:
     """Random weights made on the device; 512 latents, 8 heads as wide as the hidden size, as released."""
     fields = SHAPES[shape] | {"num_hidden_layers": layers}
     width = fields["hidden_size"]
     latents = {"hidden_dim": width, "latent_dim": width, "cross_dim_head": width}
-    config = NVEmbedConfig(text_config=fields, latent_attention_config=latents)
+    config = NVEmbedConfig(text_config=fields, latent_attention_config=latents, pooling_type=pooling_type)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModel.from_config(config, dtype=dtype).eval()
@@ -81,10 +83,15 @@ def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> NV
     return model
 
 
+def real_paragraphs() -> list[str]:
+    """Paragraphs of more than 5 words of Python's own reference."""
+    paragraphs = [" ".join(p.split()) for topic in pydoc_data.topics.topics.values() for p in topic.split("\n\n")]
+    return [p for p in paragraphs if p.count(" ") > 4]
+
+
 def real_texts(passage_words: int = 120) -> tuple[list[str], list[str]]:
     """Sentences of 5 to 15 words and runs of whole paragraphs of so many words or more, from Python's own reference."""
-    paragraphs = [" ".join(p.split()) for topic in pydoc_data.topics.topics.values() for p in topic.split("\n\n")]
-    prose = [p for p in paragraphs if p.count(" ") > 4]
+    prose = real_paragraphs()
     sentences = [s for p in prose for s in re.split(r"(?<=[.?!]) ", p) if 5 <= len(s.split()) <= 15]
     passages, words = [], []
     for paragraph in prose:

@@ -11,17 +11,21 @@ from torch.nn.parallel import DistributedDataParallel
 from nvembed.train.losses import info_nce
 
 
-folder = Path(sys.argv[1])
-job = torch.load(folder / "job.pt")
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-queries, passages, query_ids, passage_ids = (x.chunk(2)[rank] for x in job["batch"])
-encoder = torch.nn.Linear(10, 7, dtype=torch.float64)
-encoder.load_state_dict(job["weights"])
-encoder = DistributedDataParallel(encoder)
-embeddings = normalize(encoder(torch.cat([queries[:, None], passages], dim=1)), dim=-1)
-loss = info_nce(embeddings[:, 0], embeddings[:, 1:], query_ids, passage_ids, *job["options"])
-loss.backward()
-gradients = {name: parameter.grad for name, parameter in encoder.module.named_parameters()}
-torch.save({"loss": loss.item(), **gradients}, folder / f"rank{rank}.pt")
+def main(folder: Path) -> None:
+    job = torch.load(folder / "job.pt")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    queries, passages, query_ids, passage_ids = (x.chunk(2)[rank] for x in job["batch"])
+    encoder = torch.nn.Linear(10, 7, dtype=torch.float64)
+    encoder.load_state_dict(job["weights"])
+    encoder = DistributedDataParallel(encoder)
+    embeddings = normalize(encoder(torch.cat([queries[:, None], passages], dim=1)), dim=-1)
+    loss = info_nce(embeddings[:, 0], embeddings[:, 1:], query_ids, passage_ids, *job["options"])
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.module.named_parameters()}
+    torch.save({"loss": loss.item(), **gradients}, folder / f"rank{rank}.pt")
+
+
+main(Path(sys.argv[1]))
+# DDP is gone, so this joins gloo's threads: one that asks for the GIL of a process that ends would abort it.
 dist.destroy_process_group()
