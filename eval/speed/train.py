@@ -131,7 +131,9 @@ def write_job(folder: Path, batch: list[dict], args: argparse.Namespace) -> None
     trainer = {
         "output_dir": str(folder / "run"),
         "max_steps": args.steps,
-        "learning_rate": 1e-5,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
         "bf16": args.dtype == "bfloat16",
         "use_cpu": args.device == "cpu",
         "gradient_checkpointing": args.gradient_checkpointing,
