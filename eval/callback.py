@@ -24,10 +24,11 @@ from nvembed.eval.select_tasks import instructions_for
 class LocalTasksCallback(TrainerCallback):
     """Adds `eval_<task>`, the main score from 0 to 1, and `eval_average` to the metrics of every evaluation.
 
-    `EmbeddingTrainer` uses it every `eval_steps` and logs them. In any other `Trainer` of an `NVEmbedModel` they are in
-    the metrics that pick the best checkpoint, and that later callbacks see, but its log is written before. The training
-    does not change: random numbers are as they were. Processes share the texts out, and all get the scores; where each
-    holds a shard of the weights, all embed everything, because they need each other for every layer.
+    `EmbeddingTrainer` uses it every `eval_steps` and at the last step, and logs them. In any other `Trainer` of an
+    `NVEmbedModel` they are in the metrics that pick the best checkpoint, and that later callbacks see, but its log is
+    written before. The training does not change: random numbers are as they were. Processes share the texts out, and
+    all get the scores; where each holds a shard of the weights, all embed everything, because they need each other for
+    every layer.
 
     Args:
         tasks: of `read_tasks`; a subset is a shorter list.
@@ -37,6 +38,10 @@ class LocalTasksCallback(TrainerCallback):
     def __init__(self, tasks: Sequence[AbsTask], max_length: int = MAX_LENGTH):
         self.tasks, self.max_length = list(tasks), max_length
         self.instructions = instructions_for(tasks)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True  # the result, also where eval_steps does not divide the steps
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         model = extract_model_from_parallel(model)

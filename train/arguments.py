@@ -15,12 +15,11 @@ STAGES = ("stage1", "stage2")
 class RecipeParser(TrlParser):
     """`TrlParser` for recipes that may hold both stages: the keys under `stage1:` or `stage2:` outrank those beside.
 
-    Args:
-        stage: whose part of a recipe is read; one of `STAGES`.
+    The stage whose part is read is that of the `StageArguments` among the dataclasses.
     """
 
-    def __init__(self, stage: str, *dataclass_types: type):
-        self.stage = stage  # first: TrlParser's own constructor looks at every attribute of the dataclasses alone
+    def __init__(self, *dataclass_types: type):
+        self.stage = next(group.stage for group in dataclass_types if issubclass(group, StageArguments))
         super().__init__(dataclass_types)
 
     def set_defaults_with_config(self, **config) -> list[str]:

@@ -29,6 +29,9 @@ logger = get_logger(__name__)
 
 TRAINING = "\n## Training\n"  # the last section; a stage takes its base's over and adds its own
 
+# What loading a card raises where there is none, or one with broken metadata.
+NO_CARD = (OSError, ValueError, YAMLError, HfHubHTTPError, OfflineModeIsEnabled)
+
 SETTINGS = (
     "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed", "bf16", "dtype",
@@ -126,7 +129,7 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     if scores:
         text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
     text += f"{TRAINING}{earlier}\n### {run.stage}\n\n{training_text(run)}\n\n![Loss by step]({curve})\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
+    save_card(folder, data, text)
 
 
 def write_base_card(folder: Path, base: str) -> None:
@@ -139,6 +142,10 @@ def write_base_card(folder: Path, base: str) -> None:
     )
     text = f"# Untrained NV-Embed checkpoint\n\nMade from `{Path(base).name if Path(base).exists() else base}` by "
     text += "`train/init_checkpoint.py` of nvembed. Its embeddings are the mean of the decoder's states; train it.\n"
+    save_card(folder, data, text)
+
+
+def save_card(folder: Path, data: ModelCardData, text: str) -> None:
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD)
 
 
@@ -156,13 +163,7 @@ def earlier_training(base: str, folder: Path) -> tuple[dict, str]:
     """Metadata of the base's card and, of a local one, its account of training, whose curves are copied to `folder`."""
     try:
         card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
-    except (
-        OSError,
-        ValueError,
-        YAMLError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-    ) as error:  # none there, or broken metadata
+    except NO_CARD as error:
         logger.info(f"no card of {base} to go on from: {error}")
         return {}, ""
     if is_hub_name(base):

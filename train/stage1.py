@@ -63,4 +63,4 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
 
 
 if __name__ == "__main__":
-    main(*RecipeParser("stage1", ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
+    main(*RecipeParser(ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())

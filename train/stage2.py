@@ -8,4 +8,4 @@ from nvembed.train.stage1 import main
 
 
 if __name__ == "__main__":
-    main(*RecipeParser("stage2", ModelArguments, DataArguments, Stage2Arguments).parse_args_and_config())
+    main(*RecipeParser(ModelArguments, DataArguments, Stage2Arguments).parse_args_and_config())

@@ -115,13 +115,19 @@ class EmbeddingTrainer(Trainer):
             kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
         self._checkpoint_folder: str | None = None
+        self._check_settings()
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
+        self._window, self._guard = Window(self.model, self.args.device), LossGuard()
+
+    def _check_settings(self) -> None:
+        """Raises the errors that the class names."""
         batch = self.args.per_device_train_batch_size * self.args.world_size
         if self.train_dataset is not None and len(self.train_dataset) < batch:
             raise ValueError(
                 f"{len(self.train_dataset)} triplets do not fill one batch of {batch} (per_device_train_batch_size x "
                 f"processes); lower per_device_train_batch_size or add data"
             )
-        if eval_dataset is not None and self.args.eval_strategy == "no":
+        if self.eval_dataset is not None and self.args.eval_strategy == "no":
             raise ValueError("tasks to measure are given but no eval_steps: set eval_tasks and eval_steps, or none")
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         if len(dtypes) > 1 and not (self.args.bf16 or self.args.fp16):
@@ -135,15 +141,13 @@ class EmbeddingTrainer(Trainer):
             )
         if (
             getattr(self.model, "is_loaded_in_4bit", False)
-            and eval_dataset is not None
+            and self.eval_dataset is not None
             and self.args.device.type == "cpu"
         ):
             raise ValueError(
                 "on a CPU, bitsandbytes rearranges weights of 4 bit when tasks are measured, and passes no gradients "
                 "through them then: train without eval_tasks, or without load_in_4bit"
             )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
-        self._window, self._guard = Window(self.model, self.args.device), LossGuard()
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

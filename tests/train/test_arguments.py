@@ -26,8 +26,7 @@ datasets:
 def parse(tmp_path, text, *arguments, stage=Stage1Arguments):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.format(out=tmp_path / "out"))
-    name = "stage2" if stage is Stage2Arguments else "stage1"
-    parser = RecipeParser(name, ModelArguments, DataArguments, stage)
+    parser = RecipeParser(ModelArguments, DataArguments, stage)
     return parser.parse_args_and_config(["--config", str(recipe), *arguments])
 
 
@@ -70,7 +69,7 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
             or name in path.stem
             or (name == "stage1" and "stage" not in path.stem)
         ):
-            parser = RecipeParser(name, ModelArguments, DataArguments, stage)
+            parser = RecipeParser(ModelArguments, DataArguments, stage)
             on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
             _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
             for source in data_args.datasets:

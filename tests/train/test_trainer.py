@@ -129,12 +129,14 @@ def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, tasks_file):
 def test_evaluation_leaves_the_training_as_it_is(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
     """mteb seeds every generator; LoRA's dropout would follow it."""
     embeddings = []
-    for options in ({}, {"task": read_tasks(tasks_file), "eval_steps": 1}):
+    for options in ({}, {"task": read_tasks(tasks_file), "eval_steps": 2}):
         set_seed(0)
         trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=3, **options)
         trainer.train()
         embeddings.append(trainer.model.encode(sentences))
     assert torch.equal(*embeddings)
+    measured = [log["step"] for log in trainer.state.log_history if "eval_halves" in log]
+    assert measured == [2, 3], "what comes out is measured, too"
 
 
 def test_accumulated_batches_equal_one(tmp_path, checkpoint, pairs_file, sentences):
@@ -334,7 +336,7 @@ if os.environ["RANK"] == "1":
             inputs["query_ids"] = None
         return compute_loss(self, model, inputs, **options)
     stage1.EmbeddingTrainer.compute_loss = broken
-stage1.main(*RecipeParser("stage1", ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
+stage1.main(*RecipeParser(ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
 """
     )
     options = ["--ddp_backend=gloo", "--batch_size=8", "--max_steps=20", "--disable_tqdm=true", "--report_to=none"]
