@@ -5,7 +5,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
-from nvembed.train.data.registry import DatasetSource
+from nvembed.train.data.registry import DatasetSource, check_sources
 
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -72,7 +72,7 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
             parser = RecipeParser(ModelArguments, DataArguments, stage)
             on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
             _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
-            for source in data_args.datasets:
+            for source in check_sources(data_args.datasets):
                 assert source.kind is not None and source.instruction is not None, source
             assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
             if path.stem.startswith("paper"):
