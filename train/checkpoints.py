@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.logging import tqdm
+from transformers.utils.logging import get_logger, tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.instructions import paper_instructions
@@ -29,6 +29,8 @@ from nvembed.modeling_nvembed import (
     save_tokenizer,
 )
 
+
+logger = get_logger(__name__)
 
 # What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
 PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
@@ -86,15 +88,28 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
 def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
     """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
 
+    A checkpoint of FSDP, whose weights are in shards, is not looked into.
+
     Raises:
-        ValueError: the checkpoint is of another base, or of another adapter.
+        ValueError: the checkpoint is of another base, of another adapter, or of an adapter where all weights are
+            trained, or the other way round.
     """
-    adapter = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME)
-    if not (adapter.is_file() and isinstance(model, PeftModel)):
-        return  # sharded, or all weights: transformers compares those
-    expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    with safe_open(adapter, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
+    adapted = isinstance(model, PeftModel)
+    if adapter.is_file() != adapted and (adapter.is_file() or whole):
+        kinds = ("an adapter", "all weights")
+        there, here = kinds if adapter.is_file() else kinds[::-1]
+        raise ValueError(
+            f"{checkpoint} holds {there} and this run trains {here}: set use_peft: {str(not adapted).lower()}"
+        )
+    weights = get_peft_model_state_dict(model) if adapted else model.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in weights.items()}
+    found = {}
+    for path in [adapter] if adapter.is_file() else whole:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    if not found:
+        return
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differing:
         name = differing[0]
@@ -133,7 +148,7 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
     """Saves the model.
 
     Args:
-        write_card: adds a model card to the folder that it is given.
+        write_card: adds a model card to the folder that it is given; see `add_card`.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -145,8 +160,16 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
+        add_card(partial, write_card)
+
+
+def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
+    """Calls `write_card`, if there is one; its error is logged: weights without a card are worth keeping."""
+    try:
         if write_card is not None:
-            write_card(partial)
+            write_card(folder)
+    except Exception:
+        logger.exception(f"{folder} gets no model card")
 
 
 def fold_released(source: str, output_dir: str) -> None:

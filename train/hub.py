@@ -10,7 +10,9 @@ from nvembed.train.arguments import ModelArguments, StageArguments
 
 
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> None:
-    """Makes sure of token, repository and right to write, and completes `hub_model_id`; without pushing, does nothing.
+    """Makes sure of token, repository and right to write, and completes `hub_model_id`; on the main process alone.
+
+    Without pushing, does nothing.
 
     Raises:
         ConnectionError: the Hub does not answer.

@@ -33,7 +33,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         dtype=model_args.dtype,
         quantization_config=get_quantization_config(model_args),
     )
-    triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
+    triplets = load_blend(
+        training_args, data_args.datasets, data_args.num_negatives, data_args.instruction, resume is not None
+    )
 
     trainer = EmbeddingTrainer(
         model=add_adapter(model, model_args),
@@ -49,17 +51,16 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         check_resume(resume, trainer.model)
     trainer.train(resume_from_checkpoint=resume)
 
-    names = repositories(training_args)
+    names = repositories(training_args) if trainer.is_world_process_zero() else {}  # others push nothing
     model_name, adapter_name = names.get("model", training_args.output_dir), names.get("adapter", "")
     run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out)
     trainer.save_merged(
         lambda folder: write_card(folder, run, model_name),
         lambda folder: write_card(folder, run, adapter_name, adapter=True),
     )
-    if trainer.is_world_process_zero():
-        for kind, name in names.items():
-            folder = Path(training_args.output_dir, ADAPTER if kind == "adapter" else "")
-            trainer.accelerator.print(f"Pushed to {push_folder(folder, name, training_args)}")
+    for kind, name in names.items():
+        folder = Path(training_args.output_dir, ADAPTER if kind == "adapter" else "")
+        trainer.accelerator.print(f"Pushed to {push_folder(folder, name, training_args)}")
 
 
 if __name__ == "__main__":

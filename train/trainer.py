@@ -15,13 +15,14 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import get_peft_config
 
 from nvembed.eval.callback import LocalTasksCallback, is_sharded
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import ModelArguments
-from nvembed.train.checkpoints import write_checkpoint
+from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import contrast
@@ -118,6 +119,7 @@ class EmbeddingTrainer(Trainer):
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window, self._guard = Window(self.model, self.args.device), LossGuard()
+        self._bad_batch = Path(self.args.output_dir, f"bad_batch-{self.args.process_index}.jsonl")
 
     def _check_settings(self) -> None:
         """Raises the errors that the class names."""
@@ -165,6 +167,10 @@ class EmbeddingTrainer(Trainer):
         try:
             self._checkpoint_folder = str(partial)
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:  # it is named as it will be
+                self.state.best_model_checkpoint = str(folder / name)
+                if self.is_world_process_zero():
+                    self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
         except Exception as error:  # an OSError, or what safetensors and torch make of one
             if shutil.disk_usage(folder).free > 2**20 and getattr(error, "errno", None) != errno.ENOSPC:
                 raise
@@ -180,7 +186,11 @@ class EmbeddingTrainer(Trainer):
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(partial / name, folder / name)
             shutil.rmtree(partial)
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial) -> str:
@@ -197,7 +207,7 @@ class EmbeddingTrainer(Trainer):
             self.args.in_batch_negatives,
         )
         loss = rows.losses.mean()
-        self._guard.check(loss.item(), inputs, rows, self.args.output_dir, self.data_collator.tokenizer.decode)
+        self._guard.check(loss.item(), inputs, rows, self._bad_batch, self.data_collator.tokenizer.decode)
         self._window.add(inputs, rows)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
@@ -244,7 +254,6 @@ class EmbeddingTrainer(Trainer):
                 folder = Path(self.args.output_dir, ADAPTER)
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
                 model.save_pretrained(folder)
-                if write_adapter_card is not None:
-                    write_adapter_card(folder)
+                add_card(folder, write_adapter_card)
             write_checkpoint(merge_adapter(model), self.args.output_dir, write_card)
         self.accelerator.wait_for_everyone()

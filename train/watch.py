@@ -1,6 +1,7 @@
 """What a training log says beyond the loss: where it comes from, how fast it goes, and when it must stop."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ class Window:
         self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
 
     def add(self, batch: Mapping, rows: Contrast) -> None:
-        """Keeps a batch's figures on the device: reading them here would wait for it at every step."""
+        """Takes a batch in; its figures stay on the device until the log."""
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
         self.rows.append(torch.stack([figure.detach().float() for figure in rows]))
         self.datasets += batch["datasets"]
@@ -83,12 +84,12 @@ class Window:
 def flops_per_token(model: nn.Module) -> int:
     """Of the linear maps, forward and backward: 2 a weight forward, 2 for the inputs' gradient, 2 more if trained.
 
-    Attention scores are left out (at 512 tokens of a 7 B decoder 3 %), and the latents' own projections, which are made
-    once a chunk.
+    Attention scores are left out (at 512 tokens of a 7 B decoder 3 %), the latents' own projections, which are made
+    once a chunk, and the copy of the untrained latent attention that peft keeps and does not run.
     """
     flops = 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith("to_kv"):
+        if isinstance(module, nn.Linear) and not name.endswith("to_kv") and ".original_module." not in name:
             flops += (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
     return flops
 
@@ -105,43 +106,47 @@ class LossGuard:
     """Stops a training whose loss is not a number, or has left everything behind that it was before."""
 
     FACTOR = 10.0  # times the running mean, or times 1 where that is smaller
+    ROWS = 32  # at least, whose mean is set against it: a single hard row may well lose ten times the usual
 
     def __init__(self):
         self.mean: float | None = None
+        self.total, self.rows = 0.0, 0  # of the batches that are not in the mean yet
 
-    def check(self, loss: float, batch: Mapping, rows: Contrast, folder: str, decode) -> None:
-        """Takes the loss of a step in.
+    def check(self, loss: float, batch: Mapping, rows: Contrast, path: Path, decode) -> None:
+        """Takes the loss of a batch in.
 
         Args:
+            path: the file for a bad batch.
             decode: token ids to text.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite, or over `FACTOR` times its running mean; the batch is in
-                `folder`/bad_batch.jsonl by then.
+            FloatingPointError: the loss is NaN or infinite, or over the last `ROWS` rows more than `FACTOR` times its
+                running mean; the batch is in `path` by then.
         """
-        limit = float("inf") if self.mean is None else self.FACTOR * max(self.mean, 1.0)
-        if loss < limit:
-            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+        self.total, self.rows = self.total + loss * len(rows.losses), self.rows + len(rows.losses)
+        if math.isfinite(loss) and self.rows < self.ROWS:
             return
-        path = write_batch(Path(folder), batch, rows, decode)
-        before = "the first" if self.mean is None else f"{self.mean:.3f} on average before"
+        recent, self.total, self.rows = self.total / self.rows, 0.0, 0
+        if recent < (float("inf") if self.mean is None else self.FACTOR * max(self.mean, 1.0)):
+            self.mean = recent if self.mean is None else 0.95 * self.mean + 0.05 * recent
+            return
+        write_batch(path, batch, rows, decode)
+        before = "from the start" if self.mean is None else f"{self.mean:.3f} on average before"
         raise FloatingPointError(
-            f"the loss is {loss} ({before}); its batch is in {path}. Lower learning_rate, lengthen warmup_steps, or "
+            f"the loss is {recent} ({before}); its batch is in {path}. Lower learning_rate, lengthen warmup_steps, or "
             "look for broken texts in that file"
         )
 
 
-def write_batch(folder: Path, batch: Mapping, rows: Contrast, decode) -> Path:
-    """Writes what the model read, row by row, with the losses, for inspection; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "bad_batch.jsonl"
+def write_batch(path: Path, batch: Mapping, rows: Contrast, decode) -> None:
+    """Writes what the model read, row by row, with the losses, for inspection."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [text for chunk in batch["chunks"] for text in _split(chunk, decode)]
     with path.open("w", encoding="utf-8") as file:
         for i, (dataset, loss) in enumerate(zip(batch["datasets"], rows.losses.tolist())):
             passages = [texts[j] for j in batch["passage_index"][i].tolist()]
             record = {"dataset": dataset, "loss": loss, "query": texts[batch["query_index"][i]], "passages": passages}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return path
 
 
 def _split(chunk: Mapping, decode) -> Sequence[str]:

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import convert_released, paper_prompts
+from nvembed.train.arguments import ModelArguments
+from nvembed.train.checkpoints import check_resume, convert_released, paper_prompts
 from nvembed.train.init_checkpoint import InitArguments, main
+from nvembed.train.trainer import add_adapter
 
 
 @pytest.fixture
@@ -148,6 +150,29 @@ def test_other_sources_are_refused(decoder_dir, released, tmp_path):
     for names in ({}, {"base": "a", "from_released": "b"}):
         with pytest.raises(ValueError, match="name one of --base, a decoder, and --from_released"):
             main(InitArguments(output_dir=str(tmp_path / "converted"), **names))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["adapter", "all weights"])
+def test_a_training_is_resumed_as_it_was_begun(tmp_path, checkpoint, init_args, trained):
+    """From its own checkpoint; not from one of the other kind, of fewer layers, or of another rank."""
+
+    def weights(source, use_peft, **options):
+        return add_adapter(NVEmbedModel.from_pretrained(source), ModelArguments(use_peft=use_peft, **options))
+
+    model = weights(checkpoint, trained)
+    model.save_pretrained(tmp_path / "same")
+    check_resume(str(tmp_path / "same"), model)
+    weights(checkpoint, not trained).save_pretrained(tmp_path / "kind")
+    with pytest.raises(ValueError, match=f"kind holds .* this run trains .*: set use_peft: {str(not trained).lower()}"):
+        check_resume(str(tmp_path / "kind"), model)
+    main(init_args(tmp_path / "small", num_layers=2))
+    weights(tmp_path / "small", trained).save_pretrained(tmp_path / "layers")
+    with pytest.raises(ValueError, match=r"layers does not belong .*layers\.2\..* is absent there"):
+        check_resume(str(tmp_path / "layers"), model)
+    if trained:
+        weights(checkpoint, True, lora_r=4).save_pretrained(tmp_path / "rank")
+        with pytest.raises(ValueError, match=r"is \[4, \d+\] there and \[16, \d+\] here"):
+            check_resume(str(tmp_path / "rank"), model)
 
 
 def test_script_folds(released, model, sentences, tmp_path):

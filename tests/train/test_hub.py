@@ -47,10 +47,10 @@ def environment(hub, folder, token="hf_ann") -> dict[str, str]:
     return kept | home | ({"HF_TOKEN": token} if token else {})
 
 
-def train(hub, folder, base, data, *arguments, token="hf_ann"):
-    """Runs stage 1 in a process of its own."""
+def train(hub, folder, base, data, *arguments, token="hf_ann", launcher=()):
+    """Runs stage 1 in a process of its own, or as many as the launcher starts."""
     command = [
-        sys.executable, str(ROOT / "train" / "stage1.py"), f"--model_name_or_path={base}", "--use_cpu",
+        sys.executable, *launcher, str(ROOT / "train" / "stage1.py"), f"--model_name_or_path={base}", "--use_cpu",
         f"--datasets={data / 'pairs.jsonl'}", "--instruction=Complete", "--num_negatives=1", "--max_length=64",
         "--per_device_train_batch_size=4", "--max_steps=4", "--eval_steps=2", f"--eval_tasks={data / 'tasks.yaml'}",
         "--learning_rate=1e-2", "--warmup_steps=0", "--logging_steps=1", "--disable_tqdm=true",
@@ -140,6 +140,17 @@ def test_card_says_how_the_model_was_made(hub, pushed):
     assert "![Loss by step](loss_stage1.png)" in card.text
     assert hub.repositories["ann/tiny"]["loss_stage1.png"].startswith(b"\x89PNG")
     assert ModelCard(hub.repositories["ann/tiny-adapter"]["README.md"].decode()).data.library_name == "peft"
+
+
+def test_two_processes_push_to_the_users_own(hub, tmp_path, checkpoint, data):
+    """Only the main process asks the Hub who the user is, and completes the name."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--push_adapter", "--ddp_backend=gloo", "--per_device_train_batch_size=2"]
+    done = train(hub, tmp_path, checkpoint, data, *options, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"Pushed to {hub.endpoint}/ann/tiny-embed") == 1
+    assert "adapter_model.safetensors" in hub.repositories["ann/tiny-embed"]
+    assert (tmp_path / "tiny-embed" / "config.json").is_file(), "the merged model stays here"
 
 
 def test_no_token_and_no_right_are_found_before_training(hub, tmp_path, checkpoint, data):

@@ -301,6 +301,42 @@ def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
     assert len(re.findall("'loss'", resumed.stdout)) == 3
 
 
+def test_the_best_checkpoint_stays_and_is_loaded_at_the_end(
+    tmp_path, checkpoint, pairs_file, tasks_file, sentences, monkeypatch
+):
+    options = {"task": read_tasks(tasks_file), "eval_steps": 1, "max_steps": 4, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "save_total_limit": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "halves", "greater_is_better": True}
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", **options)
+    evaluate, embeddings = trainer.evaluate, {}
+
+    def second_is_best(*args, **kwargs):
+        embeddings[trainer.state.global_step] = trainer.model.encode(sentences)
+        return evaluate(*args, **kwargs) | {"eval_halves": float(trainer.state.global_step == 2)}
+
+    monkeypatch.setattr(trainer, "evaluate", second_is_best)
+    trainer.train()
+    best = tmp_path / "out" / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best), "as a resumed run reads it"
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    torch.testing.assert_close(trainer.model.encode(sentences), embeddings[2], atol=1e-6, rtol=0)
+    assert (embeddings[4] - embeddings[2]).abs().max() > 1e-3
+
+
+def test_a_card_that_fails_costs_no_weights(tmp_path, checkpoint, pairs_file, caplog):
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", push_adapter=True)
+
+    def fail(folder):
+        raise KeyError("no such score")
+
+    trainer.save_merged(fail, fail)
+    NVEmbedModel.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert caplog.text.count("gets no model card") == 2 and "no such score" in caplog.text
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, checkpoint, pairs_file, monkeypatch):
     trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=3)
     save = torch.save

@@ -13,11 +13,12 @@ class Blend(TorchDataset):
     """The triplets of a whole training run, in their order.
 
     Which triplet stands at which place follows from the seed and the data alone: the number of processes, of loading
-    workers, and a restart change nothing, as long as the places are read in order. Of any n places in a row a set has
-    its share of n, give or take less than 2. It goes through its triplets in a random order, and through all of them
-    before any comes again, then in another order. A set's own order does not depend on the other sets.
+    workers, and a restart change nothing, as long as the places are read in order. Of any n places in a row, one of k
+    sets has its share of n, give or take less than 2 + 2k times its share. It goes through its triplets in a random
+    order, and through all of them before any comes again, then in another order. A set's own order does not depend on
+    the other sets.
 
-    The tables stay on disk (Arrow, memory-mapped); in memory are 12 bytes for each place.
+    The tables stay on disk (Arrow, memory-mapped); in memory are 12 bytes for each place and 8 for each triplet.
 
     Args:
         tables: triplets, one table a set.

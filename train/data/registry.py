@@ -1,5 +1,7 @@
 """What a recipe's `datasets:` says, and how each kind of data becomes triplets."""
 
+import difflib
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,7 @@ from transformers import TrainingArguments
 
 from nvembed.train.data import classification, retrieval, sts, triplets
 from nvembed.train.data.blend import Blend
-from nvembed.train.data.tables import columns_of
+from nvembed.train.data.tables import columns_of, find_file
 
 
 @dataclass
@@ -147,22 +149,29 @@ def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
 
 
 def load_blend(
-    training_args: TrainingArguments, sources: list[DatasetSource], num_negatives: int, instruction: str | None = None
+    training_args: TrainingArguments,
+    sources: list[DatasetSource],
+    num_negatives: int,
+    instruction: str | None = None,
+    resume: bool = False,
 ) -> Blend:
     """The triplets of the whole run, blended, from tables in `output_dir`/triplets that the main process writes.
 
-    Made once: a restart with the same settings reads them again. The blend is as long as the run, so the Trainer passes
-    over it once, and `num_train_epochs` is set to 1. Mining can outlast the patience of the other processes: raise
-    `ddp_timeout`, or mine beforehand.
+    Made once: a restart with the same settings and files reads them again. The blend is as long as the run, so the
+    Trainer passes over it once, and `num_train_epochs` is set to 1. Mining can outlast the patience of the other
+    processes: raise `ddp_timeout`, or mine beforehand.
+
+    Args:
+        resume: the run goes on from a checkpoint, so its triplets must be those that it began with.
 
     Raises:
-        ValueError: as `load_triplets`; fewer triplets than a batch has rows.
+        ValueError: as `load_triplets`; fewer triplets than a batch has rows; with `resume`, other settings or files.
     """
     folder = Path(training_args.output_dir, "triplets")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with training_args.main_process_first(local=False, desc="loading triplets"):
         if training_args.process_index == 0:
-            write_tables(folder, check_sources(sources), num_negatives, seed, instruction)
+            write_tables(folder, check_sources(sources), num_negatives, seed, instruction, resume)
         tables = [Dataset.from_file(str(folder / table_name(i))) for i in range(len(sources))]
     batch = training_args.per_device_train_batch_size * training_args.world_size
     batch *= training_args.gradient_accumulation_steps
@@ -185,13 +194,32 @@ def table_name(index: int) -> str:
 
 
 def write_tables(
-    folder: Path, sources: list[DatasetSource], num_negatives: int, seed: int, instruction: str | None
+    folder: Path,
+    sources: list[DatasetSource],
+    num_negatives: int,
+    seed: int,
+    instruction: str | None,
+    resume: bool = False,
 ) -> None:
-    """Writes one Arrow file a source beside `folder`, then renames; what is there is kept if it has these settings."""
+    """Writes one Arrow file a source beside `folder`, then renames; tables made of the same are kept.
+
+    Raises:
+        ValueError: as `iterate_triplets`; with `resume`, the tables that are there are made of something else.
+    """
     settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
-    made_of = json.dumps(settings | {"datasets": [asdict(source) for source in sources]}, indent=1)
-    if (folder / "made_of.json").is_file() and (folder / "made_of.json").read_text() == made_of:
-        return
+    settings["datasets"] = [asdict(source) | {"files": digests(source)} for source in sources]
+    made_of = json.dumps(settings, indent=1)
+    if (folder / "made_of.json").is_file():
+        before = (folder / "made_of.json").read_text()
+        if before == made_of:
+            return
+        if resume:
+            lines = difflib.ndiff(before.splitlines(), made_of.splitlines())
+            changes = [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-"]
+            raise ValueError(
+                f"{folder} was made of other data than this run is to resume with: {'; '.join(changes[:2])}; give the "
+                "settings and files that it began with, or start anew without --resume_from_checkpoint"
+            )
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -200,6 +228,20 @@ def write_tables(
     (partial / "made_of.json").write_text(made_of)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def digests(source: DatasetSource) -> dict[str, str]:
+    """SHA-256 of each local file that a source is read from, by name; nothing of a Hub dataset."""
+    if is_beir(source):
+        files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
+    else:
+        files = [find_file(source)]
+    found = {}
+    for file in files:
+        if file is not None and file.is_file():
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def write_table(path: Path, records: Iterable[dict]) -> None:
@@ -234,7 +276,11 @@ def iterate_triplets(
         empty = False
         yield triplet
     if empty:
-        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets")
+        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets; add rows, or leave it out")
+
+
+def is_beir(source: DatasetSource) -> bool:
+    return Path(source.path, "corpus.jsonl").is_file()
 
 
 def infer_kind(source: DatasetSource) -> str:
@@ -243,7 +289,7 @@ def infer_kind(source: DatasetSource) -> str:
     Raises:
         ValueError: none fits; what was found is named.
     """
-    if (Path(source.path) / "corpus.jsonl").is_file():
+    if is_beir(source):
         return "retrieval"
     columns = columns_of(source)
     for kind, required in (

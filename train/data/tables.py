@@ -39,7 +39,7 @@ def columns_of(source: "DatasetSource") -> set[str]:
     """Column names of the first row."""
     for _, row in read_table(source):
         return set(row)
-    raise ValueError(f"{source.path}: split {source.split!r} is empty")
+    raise ValueError(f"{source.path}: split {source.split!r} is empty; add rows, or leave it out")
 
 
 def find_file(source: "DatasetSource") -> Path | None:

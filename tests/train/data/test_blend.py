@@ -26,14 +26,14 @@ def test_by_size_every_triplet_comes_once_a_pass():
 
 
 def test_every_stretch_has_its_shares():
-    """Fewer than 2 off the share in any stretch; a plain shuffle would be off by the root of the length."""
+    """In any stretch off by a few, however long it is; a plain shuffle would be off by the root of the length."""
     blend = Blend([table("a", 900), table("b", 80), table("c", 20)], samples=1000)
     sets = np.array([blend[i]["dataset"] for i in range(1000)])
     for name, share in (("a", 0.9), ("b", 0.08), ("c", 0.02)):
         counts = np.concatenate([[0], (sets == name).cumsum()])
         for length in (8, 64, 500):
             drawn = counts[length:] - counts[:-length]
-            assert np.abs(drawn - share * length).max() < 4, (name, length)
+            assert np.abs(drawn - share * length).max() < 2 + 2 * 3 * share, (name, length)
 
 
 def test_weights_set_the_shares_and_small_sets_come_again():

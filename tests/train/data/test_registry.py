@@ -1,6 +1,7 @@
 """Every layout becomes triplets that mean what the paper says; every bad file is named with its line."""
 
 import json
+import os
 
 import pytest
 
@@ -243,6 +244,23 @@ def blend_of(tmp_path, sources, **options):
     arguments = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "use_cpu": True}
     arguments = Stage1Arguments(**(arguments | options))
     return load_blend(arguments, sources, num_negatives=1, instruction="all"), arguments
+
+
+def test_resuming_takes_the_data_that_the_run_began_with(tmp_path, labelled):
+    sources = [DatasetSource(str(labelled))]
+    arguments = blend_of(tmp_path, sources, max_steps=1)[1]
+    made = (tmp_path / "out" / "triplets" / "000.arrow").read_bytes()
+    os.utime(labelled / "train.jsonl", (0, 0))  # copied or touched, it is the same data
+    load_blend(arguments, sources, 1, "all", resume=True)
+    with (labelled / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a text of today", "label": "rate"}) + "\n")
+    with pytest.raises(ValueError, match=r'triplets was made of other data .* "train.jsonl": .* or start anew'):
+        load_blend(arguments, sources, 1, "all", resume=True)
+    with pytest.raises(ValueError, match='"num_negatives": 1,; .* "num_negatives": 2,; give the settings'):
+        load_blend(arguments, sources, 2, "all", resume=True)
+    assert (tmp_path / "out" / "triplets" / "000.arrow").read_bytes() == made
+    load_blend(arguments, sources, 1, "all")
+    assert b"a text of today" in (tmp_path / "out" / "triplets" / "000.arrow").read_bytes(), "edited, made anew"
 
 
 def by_texts(triplet: dict) -> list:
