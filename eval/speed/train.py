@@ -4,7 +4,7 @@
     python eval/speed/train.py --pooling_type mean
     python eval/speed/train.py --data triplets.jsonl        # as train/data/mine_negatives.py writes them
     python eval/speed/train.py --shape mistral-7b --device cuda --rows 128 --negatives 7 --max_length 512 \
-        --chunk_tokens 16384 --gradient_checkpointing --ways cached sentence-transformers
+        --chunk_tokens 16384 --mini_batch_size 32 --gradient_checkpointing --ways cached sentence-transformers
 
 Four ways to take the same steps (LoRA on every linear layer, AdamW, InfoNCE over the batch's positives and hard
 negatives) from the same decoder on the same triplets:
@@ -15,10 +15,11 @@ negatives) from the same decoder on the same triplets:
 - `sentence-transformers`: its trainer with `CachedMultipleNegativesRankingLoss`, `--mini_batch_size` texts at a time,
   the decoder alone with mean pooling.
 
-`whole` and `padded` keep all activations, the other two those of a part and embed twice. Each way runs as a command of
+`whole` and `padded` keep all activations, the other two those of a part and embed twice: compare the two of a pair.
+`--mini_batch_size 8` is the fastest for sentence-transformers on two cores (RESULTS.md). Each way runs as a command of
 its own, the ways take turns, and the batch of a round is the same for all ways and steps. Seconds of a step are those
 between two lines of the log, the first step left out; medians are reported. Tokens are those of the texts with their
-instruction, counted alike for all ways, no padding. Prints a Markdown table.
+instruction, counted alike for all ways, no padding. Prints a Markdown table. Needs the extras `eval` and `train`.
 """
 
 import argparse
@@ -270,7 +271,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--negatives", type=int, default=3, help="hard negatives of a triplet")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--chunk_tokens", type=int, default=2048, help="of `cached`")
-    parser.add_argument("--mini_batch_size", type=int, default=32, help="texts, of sentence-transformers (its default)")
+    parser.add_argument("--mini_batch_size", type=int, default=8, help="texts, of sentence-transformers")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=4, help="of a run; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
