@@ -88,13 +88,15 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
 def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
     """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
 
-    A checkpoint of FSDP, whose weights are in shards, is not looked into.
+    Weights in shards, in a checkpoint of FSDP or a model of ZeRO-3, are not looked into.
 
     Raises:
         ValueError: the checkpoint is of another base, of another adapter, or of an adapter where all weights are
             trained, or the other way round.
     """
     adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
     adapted = isinstance(model, PeftModel)
     if adapter.is_file() != adapted and (adapter.is_file() or whole):
         kinds = ("an adapter", "all weights")
@@ -169,7 +171,7 @@ def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
         if write_card is not None:
             write_card(folder)
     except Exception:
-        logger.exception(f"{folder} gets no model card")
+        logger.exception("No model card could be written; the weights are saved without one")
 
 
 def fold_released(source: str, output_dir: str) -> None:

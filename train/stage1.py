@@ -33,9 +33,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         dtype=model_args.dtype,
         quantization_config=get_quantization_config(model_args),
     )
-    triplets = load_blend(
-        training_args, data_args.datasets, data_args.num_negatives, data_args.instruction, resume is not None
-    )
+    triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
 
     trainer = EmbeddingTrainer(
         model=add_adapter(model, model_args),
@@ -53,10 +51,13 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
 
     names = repositories(training_args) if trainer.is_world_process_zero() else {}  # others push nothing
     model_name, adapter_name = names.get("model", training_args.output_dir), names.get("adapter", "")
-    run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out)
+
+    def card(folder: Path, name: str, adapter: bool = False) -> None:
+        run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out)
+        write_card(folder, run, name, adapter)
+
     trainer.save_merged(
-        lambda folder: write_card(folder, run, model_name),
-        lambda folder: write_card(folder, run, adapter_name, adapter=True),
+        lambda folder: card(folder, model_name), lambda folder: card(folder, adapter_name, adapter=True)
     )
     for kind, name in names.items():
         folder = Path(training_args.output_dir, ADAPTER if kind == "adapter" else "")

@@ -167,8 +167,9 @@ class EmbeddingTrainer(Trainer):
         try:
             self._checkpoint_folder = str(partial)
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:  # it is named as it will be
-                self.state.best_model_checkpoint = str(folder / name)
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # by the name that it will have, wherever the run was begun
+                self.state.best_model_checkpoint = str(best)
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
         except Exception as error:  # an OSError, or what safetensors and torch make of one

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
-from nvembed.train.data.registry import DatasetSource, check_sources
+from nvembed.train.data.registry import DatasetSource, as_source, check_sources
 
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -77,6 +78,16 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
             assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
             if path.stem.startswith("paper"):
                 assert training_args.per_device_train_batch_size == 128, "of one process"
+
+
+@pytest.mark.parametrize("name, sets", [("paper-stage1", 8), ("paper-stage2", 19)])
+def test_sets_in_comments_can_be_uncommented(name, sets):
+    """A flow mapping of two lines or more: `# - {path: ...,` to the closing brace."""
+    text = (RECIPES / f"{name}.yaml").read_text()
+    entries = re.findall(r"  # (- \{.*?\})\n", text, re.DOTALL)
+    sources = [as_source(yaml.safe_load(entry.replace("\n  #", "\n"))[0]) for entry in entries]
+    assert len(check_sources(sources)) == sets
+    assert all(source.kind and source.instruction and source.samples for source in sources)
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

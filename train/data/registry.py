@@ -1,6 +1,5 @@
 """What a recipe's `datasets:` says, and how each kind of data becomes triplets."""
 
-import difflib
 import hashlib
 import json
 import math
@@ -14,10 +13,15 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import get_logger
 
 from nvembed.train.data import classification, retrieval, sts, triplets
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.tables import columns_of, find_file
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -149,11 +153,7 @@ def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
 
 
 def load_blend(
-    training_args: TrainingArguments,
-    sources: list[DatasetSource],
-    num_negatives: int,
-    instruction: str | None = None,
-    resume: bool = False,
+    training_args: TrainingArguments, sources: list[DatasetSource], num_negatives: int, instruction: str | None = None
 ) -> Blend:
     """The triplets of the whole run, blended, from tables in `output_dir`/triplets that the main process writes.
 
@@ -161,17 +161,15 @@ def load_blend(
     Trainer passes over it once, and `num_train_epochs` is set to 1. Mining can outlast the patience of the other
     processes: raise `ddp_timeout`, or mine beforehand.
 
-    Args:
-        resume: the run goes on from a checkpoint, so its triplets must be those that it began with.
-
     Raises:
-        ValueError: as `load_triplets`; fewer triplets than a batch has rows; with `resume`, other settings or files.
+        ValueError: as `load_triplets`; fewer triplets than a batch has rows; `output_dir` has training checkpoints of
+            other data.
     """
     folder = Path(training_args.output_dir, "triplets")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with training_args.main_process_first(local=False, desc="loading triplets"):
         if training_args.process_index == 0:
-            write_tables(folder, check_sources(sources), num_negatives, seed, instruction, resume)
+            write_tables(folder, check_sources(sources), num_negatives, seed, instruction)
         tables = [Dataset.from_file(str(folder / table_name(i))) for i in range(len(sources))]
     batch = training_args.per_device_train_batch_size * training_args.world_size
     batch *= training_args.gradient_accumulation_steps
@@ -194,54 +192,67 @@ def table_name(index: int) -> str:
 
 
 def write_tables(
-    folder: Path,
-    sources: list[DatasetSource],
-    num_negatives: int,
-    seed: int,
-    instruction: str | None,
-    resume: bool = False,
+    folder: Path, sources: list[DatasetSource], num_negatives: int, seed: int, instruction: str | None
 ) -> None:
     """Writes one Arrow file a source beside `folder`, then renames; tables made of the same are kept.
 
     Raises:
-        ValueError: as `iterate_triplets`; with `resume`, the tables that are there are made of something else.
+        ValueError: as `iterate_triplets`; the tables that are there are made of something else, and checkpoints beside
+            them were trained on them.
     """
     settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
-    settings["datasets"] = [asdict(source) | {"files": digests(source)} for source in sources]
-    made_of = json.dumps(settings, indent=1)
+    made_of = settings | {"datasets": [account(source) for source in sources]}
+    trained = sorted(path.name for path in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     if (folder / "made_of.json").is_file():
-        before = (folder / "made_of.json").read_text()
+        before = json.loads((folder / "made_of.json").read_text())
         if before == made_of:
             return
-        if resume:
-            lines = difflib.ndiff(before.splitlines(), made_of.splitlines())
-            changes = [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-"]
+        if trained:
             raise ValueError(
-                f"{folder} was made of other data than this run is to resume with: {'; '.join(changes[:2])}; give the "
-                "settings and files that it began with, or start anew without --resume_from_checkpoint"
+                f"{folder.parent / trained[-1]} was trained on other data: {difference(before, made_of)}; give what it "
+                "began with, or name another --output_dir"
             )
+    elif trained:
+        logger.warning(f"{folder} is gone, so whether {trained[-1]} was trained on this data is not known")
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for index, source in enumerate(sources):
         write_table(partial / table_name(index), iterate_triplets(source, num_negatives, seed, instruction))
-    (partial / "made_of.json").write_text(made_of)
+    (partial / "made_of.json").write_text(json.dumps(made_of, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
-def digests(source: DatasetSource) -> dict[str, str]:
-    """SHA-256 of each local file that a source is read from, by name; nothing of a Hub dataset."""
-    if is_beir(source):
+def account(source: DatasetSource) -> dict:
+    """What a source's table is made of: its entry, and the SHA-256 of each local file, wherever that lies."""
+    if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
         files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
     else:
         files = [find_file(source)]
-    found = {}
+    digests = {}
     for file in files:
         if file is not None and file.is_file():
             with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return asdict(source) | {"path": None if digests else source.path, "files": digests}
+
+
+def difference(before: dict, now: dict) -> str:
+    """The first setting or file in which tables that are there differ from those that would be made."""
+    old, new = ([source["name"] for source in made_of["datasets"]] for made_of in (before, now))
+    if old != new:
+        return f"datasets were {', '.join(old)} and are {', '.join(new)}"
+    pairs = [("", before, now), *((f"{a['name']}: ", a, b) for a, b in zip(before["datasets"], now["datasets"]))]
+    for name, was, is_ in pairs:
+        for key, value in is_.items():
+            if key == "files" and value != was.get(key):
+                files = was.get(key, {})
+                changed = [file for file in files.keys() | value.keys() if files.get(file) != value.get(file)]
+                return f"{name}{min(changed)} has changed"
+            if key != "datasets" and value != was.get(key):
+                return f"{name}{key} was {was.get(key)!r} and is {value!r}"
+    return "an earlier version of nvembed made it"
 
 
 def write_table(path: Path, records: Iterable[dict]) -> None:

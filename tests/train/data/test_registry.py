@@ -6,7 +6,7 @@ import os
 import pytest
 
 from nvembed.train.arguments import Stage1Arguments
-from nvembed.train.data.registry import DatasetSource, check_sources, load_blend, load_triplets
+from nvembed.train.data.registry import DatasetSource, account, check_sources, load_blend, load_triplets
 
 
 def write_jsonl(path, rows):
@@ -246,21 +246,38 @@ def blend_of(tmp_path, sources, **options):
     return load_blend(arguments, sources, num_negatives=1, instruction="all"), arguments
 
 
-def test_resuming_takes_the_data_that_the_run_began_with(tmp_path, labelled):
-    sources = [DatasetSource(str(labelled))]
-    arguments = blend_of(tmp_path, sources, max_steps=1)[1]
-    made = (tmp_path / "out" / "triplets" / "000.arrow").read_bytes()
+def test_checkpoints_keep_the_data_that_they_were_trained_on(tmp_path, labelled, monkeypatch):
+    sources = [DatasetSource(str(labelled), name="labels")]
+    table = tmp_path / "out" / "triplets" / "000.arrow"
+    blend_of(tmp_path, sources)
+    made = table.read_bytes()
+    (tmp_path / "out" / "checkpoint-1").mkdir()
     os.utime(labelled / "train.jsonl", (0, 0))  # copied or touched, it is the same data
-    load_blend(arguments, sources, 1, "all", resume=True)
+    monkeypatch.chdir(labelled)
+    blend_of(tmp_path, [DatasetSource(".", name="labels")])
+    for arguments, words in (
+        ({"name": "others"}, "datasets were labels and are others"),
+        ({"name": "labels", "samples": 5}, "labels: samples was None and is 5"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-1 was trained on other data: {words}; give what"):
+            blend_of(tmp_path, [DatasetSource(str(labelled), **arguments)])
+    with pytest.raises(ValueError, match="seed was 42 and is 1;"):
+        blend_of(tmp_path, sources, data_seed=1)
     with (labelled / "train.jsonl").open("a") as file:
         file.write(json.dumps({"text": "a text of today", "label": "rate"}) + "\n")
-    with pytest.raises(ValueError, match=r'triplets was made of other data .* "train.jsonl": .* or start anew'):
-        load_blend(arguments, sources, 1, "all", resume=True)
-    with pytest.raises(ValueError, match='"num_negatives": 1,; .* "num_negatives": 2,; give the settings'):
-        load_blend(arguments, sources, 2, "all", resume=True)
-    assert (tmp_path / "out" / "triplets" / "000.arrow").read_bytes() == made
-    load_blend(arguments, sources, 1, "all")
-    assert b"a text of today" in (tmp_path / "out" / "triplets" / "000.arrow").read_bytes(), "edited, made anew"
+    with pytest.raises(ValueError, match="labels: train.jsonl has changed; .* or name another --output_dir"):
+        blend_of(tmp_path, sources)
+    assert table.read_bytes() == made
+    (tmp_path / "out" / "checkpoint-1").rmdir()
+    blend_of(tmp_path, sources)
+    assert b"a text of today" in table.read_bytes(), "edited, made anew"
+
+
+def test_files_of_the_kind_that_is_read_are_compared(tmp_path, beir):
+    write_jsonl(beir / "train.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
+    assert account(DatasetSource(str(beir), kind="triplets"))["files"].keys() == {"train.jsonl"}
+    assert account(DatasetSource(str(beir)))["files"].keys() == {"corpus.jsonl", "queries.jsonl", "train.tsv"}
+    assert account(DatasetSource("org/name"))["path"] == "org/name"
 
 
 def by_texts(triplet: dict) -> list:
