@@ -16,9 +16,9 @@ negatives) from the same decoder on the same triplets:
   the decoder alone with mean pooling.
 
 `whole` and `padded` keep all activations, the other two those of a part and embed twice: compare the two of a pair.
-`--mini_batch_size 8` was sentence-transformers' best of five tried on two cores (RESULTS.md). Each way
-runs as a command of its own, the ways take turns, and the batch of a round is the same for all ways and steps. Seconds
-of a step are those between two lines of the log, the first step left out; medians are reported. Tokens are those of the texts
+`--mini_batch_size 8` was sentence-transformers' best of five tried on two cores (RESULTS.md). Each way runs as a
+command of its own, the ways take turns, and the batch of a round is the same for all ways and steps. Seconds of a step
+are those between two lines of the log, the first step left out; medians are reported. Tokens are those of the texts
 with their instruction, counted alike for all ways, no padding. Prints a Markdown table. Needs the extras `eval` and
 `train`.
 """
