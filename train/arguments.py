@@ -129,6 +129,8 @@ class StageArguments(TrainingArguments):
             )
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_average"  # of the tasks; there is no loss on held-out data
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every chunk uses every weight
         super().__post_init__()

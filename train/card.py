@@ -55,6 +55,7 @@ class TrainingRun:
         settings: name -> value.
         history: the Trainer's log, step by step.
         tasks: those measured during training.
+        saved_step: whose weights are saved; None: the last's.
     """
 
     stage: str
@@ -68,6 +69,7 @@ class TrainingRun:
     settings: dict[str, object]
     history: Sequence[dict]
     tasks: Sequence[AbsTask]
+    saved_step: int | None = None
 
 
 def describe_run(
@@ -77,6 +79,7 @@ def describe_run(
     blend: Blend,
     history: Sequence[dict],
     tasks: Sequence[AbsTask] | None,
+    saved_step: int | None = None,
 ) -> TrainingRun:
     """Gathers what `write_card` needs, after training."""
     groups = (training_args, data_args, model_args)
@@ -99,6 +102,7 @@ def describe_run(
         settings={name: known[name] for name in SETTINGS if known.get(name) is not None and known[name] is not False},
         history=list(history),
         tasks=list(tasks or ()),
+        saved_step=saved_step,
     )
 
 
@@ -110,9 +114,13 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
         name: what loads the model: a Hub name, or a local folder.
         adapter: the folder holds an adapter alone.
     """
-    curve = f"loss_{run.stage}.png"
-    draw_loss(run, folder / curve)
     before, earlier = earlier_training(run.base, folder)
+    heading, curve = run.stage, f"loss_{run.stage}.png"
+    if count := earlier.count(f"\n### {run.stage}"):  # a stage on top of the same stage
+        heading, curve = f"{run.stage} ({count + 1})", f"loss_{run.stage}_{count + 1}.png"
+    points = [(entry["step"], entry["loss"]) for entry in run.history if "loss" in entry]
+    if points:
+        draw_loss(points, run.stage, folder / curve)
     base_model = run.base if is_hub_name(run.base) else before.get("base_model")
     scores = last_scores(run)
     data = ModelCardData(
@@ -128,7 +136,9 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     text = f"# {name.split('/')[-1]}\n\n{introduction(run, base_model)}\n\n## Usage\n\n{usage(run, name, adapter)}\n"
     if scores:
         text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
-    text += f"{TRAINING}{earlier}\n### {run.stage}\n\n{training_text(run)}\n\n![Loss by step]({curve})\n"
+    text += f"{TRAINING}{earlier}\n### {heading}\n\n{training_text(run)}\n"
+    if points:
+        text += f"\n![Loss by step]({curve})\n"
     save_card(folder, data, text)
 
 
@@ -215,8 +225,10 @@ def shorten(text: str, words: int = 30) -> str:
 
 
 def measurements(run: TrainingRun) -> list[dict]:
+    """The log's lines with scores, up to the step whose weights are saved."""
     names = [task.metadata.name for task in run.tasks]
-    return [entry for entry in run.history if names and all(f"eval_{name}" in entry for name in names)]
+    points = [entry for entry in run.history if names and all(f"eval_{name}" in entry for name in names)]
+    return [entry for entry in points if run.saved_step is None or entry["step"] <= run.saved_step]
 
 
 def last_scores(run: TrainingRun) -> dict[str, float]:
@@ -255,14 +267,12 @@ def training_text(run: TrainingRun) -> str:
     return f"{text}{markdown_table(rows, 3)}\n\n{markdown_table(settings, 2)}"
 
 
-def draw_loss(run: TrainingRun, path: Path) -> None:
-    points = [(entry["step"], entry["loss"]) for entry in run.history if "loss" in entry]
+def draw_loss(points: Sequence[tuple[int, float]], title: str, path: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    if points:
-        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)
+    axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step", ylabel="contrastive loss", title=run.stage)
+    axes.set(xlabel="step", ylabel="contrastive loss", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -53,7 +53,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     model_name, adapter_name = names.get("model", training_args.output_dir), names.get("adapter", "")
 
     def card(folder: Path, name: str, adapter: bool = False) -> None:
-        run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out)
+        saved = trainer.state.best_global_step if training_args.load_best_model_at_end else None
+        run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out, saved)
         write_card(folder, run, name, adapter)
 
     trainer.save_merged(

@@ -1,8 +1,17 @@
 """What a card takes over from the card of its base."""
 
+from types import SimpleNamespace
+
 from huggingface_hub import ModelCard
 
-from nvembed.train.card import TrainingRun, is_hub_name, write_base_card, write_card
+from nvembed.train.card import (
+    TrainingRun,
+    evaluation_table,
+    is_hub_name,
+    last_scores,
+    write_base_card,
+    write_card,
+)
 from nvembed.train.data.registry import DatasetSource
 
 
@@ -39,6 +48,31 @@ def test_a_stage_takes_its_bases_account_over(tmp_path):
     assert "| own | triplets | - | 7 | 3 |" in text
     assert "2.0 minutes" in text
     assert "passages = model.encode(['p'], instruction='Instruct: Find\\nQuery: ')" in text, "symmetric"
+
+
+def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
+    for name in ("one", "two", "none"):
+        (tmp_path / name).mkdir()
+    write_card(tmp_path / "one", make_run("stage1", "org/decoder"), "one")
+    history = [{"step": 1, "loss": 9.0}, {"step": 5, "loss": 8.0}]
+    write_card(tmp_path / "two", make_run("stage1", str(tmp_path / "one"), history=history), "two")
+    text = (tmp_path / "two" / "README.md").read_text()
+    assert text.index("### stage1\n") < text.index("(loss_stage1.png)") < text.index("### stage1 (2)\n")
+    assert text.index("### stage1 (2)\n") < text.index("(loss_stage1_2.png)")
+    first = (tmp_path / "one" / "loss_stage1.png").read_bytes()
+    assert first == (tmp_path / "two" / "loss_stage1.png").read_bytes()
+    assert first != (tmp_path / "two" / "loss_stage1_2.png").read_bytes()
+    write_card(tmp_path / "none", make_run("stage1", "org/decoder", history=[]), "none")
+    assert "![" not in (tmp_path / "none" / "README.md").read_text(), "no loss was logged, no curve"
+
+
+def test_scores_are_those_of_the_step_that_is_saved():
+    task = SimpleNamespace(metadata=SimpleNamespace(name="sts", main_score="cosine_spearman"))
+    history = [{"step": step, "eval_sts": score} for step, score in ((2, 0.5), (4, 0.9), (6, 0.1))]
+    best = make_run("stage1", "org/decoder", history=history, tasks=[task], saved_step=4)
+    assert last_scores(best) == {"sts": 0.9}
+    assert "step 6" not in evaluation_table(best) and "| 50.00 | 90.00 |" in evaluation_table(best)
+    assert last_scores(make_run("stage1", "org/decoder", history=history, tasks=[task])) == {"sts": 0.1}
 
 
 def test_a_base_without_a_card_or_with_a_broken_one_is_no_obstacle(tmp_path):
