@@ -1,7 +1,8 @@
 """What an NV-Embed checkpoint says about itself.
 
 The field names are those of the released `nvidia/NV-Embed-v1` and `-v2` checkpoints, so that their `config.json`
-loads unchanged; `pooling_type`, `latent_attention_is_folded`, `prompts` and `max_seq_length` are added.
+loads unchanged; `pooling_type`, `latent_attention_is_folded`, `prompts`, `default_prompt_name`, `similarity_fn_name`
+and `max_seq_length` are added.
 """
 
 from transformers import MistralConfig, PretrainedConfig
@@ -72,7 +73,10 @@ class NVEmbedConfig(PretrainedConfig):
             the checkpoints that `train/init_checkpoint.py --base` makes.
         latent_attention_is_folded: the weights are those of `NVEmbedModel.fold_latent_attention`.
         prompts: instructions by the name of their task, for `SentenceTransformer.encode(..., prompt_name=...)`.
-        max_seq_length: tokens of a text under sentence-transformers; None: the decoder's `max_position_embeddings`.
+        default_prompt_name: of those, the one that sentence-transformers takes where none is asked for; None: none.
+        similarity_fn_name: that sentence-transformers compares by: cosine, dot, euclidean or manhattan.
+        max_seq_length: tokens of a text under sentence-transformers; None: the decoder's `max_position_embeddings`,
+            which is the most in any case.
 
     Raises:
         ValueError: `pooling_type`, `mask_type` or `padding_side` is not one of the above; folded without latents.
@@ -93,6 +97,8 @@ class NVEmbedConfig(PretrainedConfig):
         add_eos: bool = True,
         latent_attention_is_folded: bool = False,
         prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: str = "cosine",
         max_seq_length: int | None = None,
         **kwargs,
     ):
@@ -116,6 +122,8 @@ class NVEmbedConfig(PretrainedConfig):
             raise ValueError(f"latent_attention_is_folded is set, and pooling_type {pooling_type!r} has no latents")
         self.latent_attention_is_folded = latent_attention_is_folded
         self.prompts = prompts or {}
+        self.default_prompt_name = default_prompt_name
+        self.similarity_fn_name = similarity_fn_name
         self.max_seq_length = max_seq_length
         super().__init__(**kwargs)
 

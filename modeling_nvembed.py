@@ -5,7 +5,9 @@ arXiv 2405.17428. Modules carry the names of the released weights. The file foll
 layout in memory, decoder, pooling, tokens, model, `encode`; the sentence-transformers module comes last.
 """
 
+import inspect
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import ModelOutput, logging
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ModelOutput, find_adapter_config_file, is_peft_available, logging
 from transformers.utils.logging import tqdm
 
 from .configuration_nvembed import BidirectionalMistralConfig, LatentAttentionConfig, NVEmbedConfig
@@ -35,6 +37,7 @@ except ImportError:
         from flash_attn import flash_attn_varlen_func as varlen_attn
     except ImportError:
         varlen_attn = None
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +59,9 @@ class PaddedTexts:
         return torch.arange(self.tokens, device=device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each row, padding left out; all `[batch, tokens, heads, head_dim]`."""
+        """Attention within each row without its padding; `[batch, tokens, heads, head_dim]`, k and v of maybe fewer."""
         mask = None if self.mask is None else self.mask.to(q.device)
+        k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
         if is_causal and mask is not None:
             mask, is_causal = mask & mask.new_ones(self.tokens, self.tokens).tril(), False
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -91,10 +95,15 @@ class PackedTexts:
         return torch.cat([torch.arange(length) for length in self.lengths]).to(device, non_blocking=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each text; all `[tokens, heads, head_dim]`."""
-        if has_varlen_kernel(q) and not is_causal and not dropout:
+        """Attention within each text; `[tokens, heads, head_dim]`, k and v maybe of fewer heads."""
+        if has_varlen_kernel(q, is_causal) and not dropout:
             ends, longest = self._ends(q.device), max(self.lengths)
-            return varlen_attn(q, k, v, ends, ends, longest, longest)
+            # flash-attn shares keys among the heads of a group by itself, torch from 2.13 on, when asked to.
+            if not VARLEN_OPTIONS & {"causal", "enable_gqa"}:
+                k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
+            options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])
+            return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
         out, start = [], 0
         for length, run in groupby(self.lengths):
             texts = sum(1 for _ in run)
@@ -121,35 +130,132 @@ class PackedTexts:
         return x[self._ends(x.device)[1:] - 1]
 
 
-def has_varlen_kernel(q: Tensor) -> bool:
+def has_varlen_kernel(q: Tensor, is_causal: bool) -> bool:
     half, fits = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] <= 256
-    return bool(varlen_attn and q.is_cuda and half and fits) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    known = bool(varlen_attn) and (not is_causal or bool(VARLEN_OPTIONS & {"causal", "is_causal", "window_size"}))
+    return known and q.is_cuda and half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def varlen_options(is_causal: bool, is_grouped: bool) -> dict[str, bool | tuple[int, int]]:
+    """How this version of the kernel is told of a causal mask and of grouped heads."""
+    options: dict[str, bool | tuple[int, int]] = {}
+    if is_grouped and "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    if is_causal:
+        name = next(name for name in ("causal", "is_causal", "window_size") if name in VARLEN_OPTIONS)
+        options[name] = (-1, 0) if name == "window_size" else True  # no limit to the left, nothing to the right
+    return options
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values `[..., kv_heads, head_dim]`, each repeated for the query heads that share it."""
+    # Not `enable_gqa` of scaled_dot_product_attention: with a mask it has no fused kernel on CUDA.
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
 
 
+# RoPE types whose frequencies do not depend on the length of the text, and the settings that they must have.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+def rope_settings(config: BidirectionalMistralConfig) -> dict:
+    """RoPE's type, theta and scaling, whichever transformers wrote the config.
+
+    Raises:
+        ValueError: a type that is unknown or depends on the text's length, a missing setting, partial rotation.
+    """
+    # transformers 5 keeps theta and scaling in `rope_parameters`, transformers 4 in two fields.
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
+    rope.setdefault("rope_type", rope.get("type", "default"))  # "type" before transformers 4.43
+    if rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = config.max_position_embeddings
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_type is {rope['rope_type']!r}; those that work are {', '.join(ROPE_TYPES)}, whose frequencies are "
+            "the same for texts of any length"
+        )
+    for name in ROPE_TYPES[rope["rope_type"]]:
+        if rope.get(name) is None:
+            raise ValueError(f"rope_type {rope['rope_type']!r} needs {name}, and the config has only {sorted(rope)}")
+    part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    if part != 1.0:
+        raise ValueError(f"partial_rotary_factor is {part}; only decoders that rotate the whole head work")
+    return rope
+
+
 def inverse_frequencies(config: BidirectionalMistralConfig, device: torch.device) -> tuple[Tensor, float]:
     """RoPE's inverse frequencies, fp32 `[head_dim / 2]`, and the factor on cos and sin.
 
-    They are computed on every forward instead of being kept in a buffer: a buffer is lost when a model is loaded
-    through the meta device and rounded when it is cast to bf16, and 64 powers cost nothing.
+    The formulas are those of transformers 5's `ROPE_INIT_FUNCTIONS`, bit for bit. They stand here because theirs differ
+    between versions (4.51 computes another factor for yarn), and make their tensors on the ambient device, which is
+    `meta` while a checkpoint is loaded. They are computed on every forward instead of being kept in a buffer: a buffer
+    is lost when a model is loaded through the meta device and rounded when it is cast to bf16, and 64 powers cost
+    nothing.
 
     Raises:
-        ValueError: a rope type whose frequencies depend on the length of the text.
+        ValueError: as `rope_settings`.
     """
-    # transformers 5 keeps theta and scaling in `rope_parameters`, transformers 4 in two fields.
-    rope = getattr(config, "rope_parameters", None) or {
-        "rope_theta": config.rope_theta,
-        **(getattr(config, "rope_scaling", None) or {}),
-    }
-    rope_type = rope.get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type {rope_type!r} depends on the text's length; default, linear, llama3, yarn work")
-    if rope_type != "default":
-        return ROPE_INIT_FUNCTIONS[rope_type](config, device)
+    rope = rope_settings(config)
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    return rope["rope_theta"] ** -exponents, 1.0
+    powers = rope["rope_theta"] ** exponents
+    frequencies = 1.0 / powers
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"], 1.0
+    if rope["rope_type"] == "llama3":
+        return _llama3_frequencies(frequencies, rope), 1.0
+    if rope["rope_type"] == "yarn":
+        return _yarn_frequencies(powers, rope, config.head_dim), _yarn_attention_factor(rope)
+    return frequencies, 1.0
+
+
+def _llama3_frequencies(frequencies: Tensor, rope: dict) -> Tensor:
+    """Llama 3.1's: waves longer than the original context are stretched, short ones kept, those between blended."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    original = rope["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    result = torch.where(wavelengths < original / high, frequencies, blended)
+    return torch.where(wavelengths > original / low, frequencies / factor, result)
+
+
+def _yarn_frequencies(powers: Tensor, rope: dict, head_dim: int) -> Tensor:
+    """YaRN's (arXiv 2309.00071): fast dimensions are kept, slow ones stretched, with a linear ramp between."""
+    theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        """The dimension that turns so many times within the original context."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    positions = torch.arange(head_dim // 2, device=powers.device, dtype=torch.float32)
+    kept = 1 - ((positions - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def _yarn_attention_factor(rope: dict) -> float:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def scale(mscale: float) -> float:
+        return 1.0 if rope["factor"] <= 1 else 0.1 * mscale * math.log(rope["factor"]) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -179,7 +285,6 @@ class MistralAttention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.groups = heads // kv_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
@@ -187,9 +292,8 @@ class MistralAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, texts: PaddedTexts | PackedTexts, is_causal: bool) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [..., tokens, heads, head_dim]
-        if self.groups > 1:  # not `enable_gqa`: with a mask it has no fused kernel on CUDA
-            k, v = k.repeat_interleave(self.groups, dim=-2), v.repeat_interleave(self.groups, dim=-2)
+        # Under autocast the states are fp32, and so are cos and sin; attention takes the projections' dtype.
+        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # [..., tokens, heads, head_dim]
         out = texts.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
         return self.o_proj(out.flatten(-2))
 
@@ -224,7 +328,7 @@ class BidirectionalMistralModel(nn.Module):
 
     def __init__(self, config: BidirectionalMistralConfig, mask_type: str):
         super().__init__()
-        inverse_frequencies(config, torch.device("cpu"))  # an unknown kind is an error now, not in the first forward
+        rope_settings(config)  # an unknown type is an error now, not in the first forward
         self.config = config
         self.mask_type = mask_type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -460,7 +564,7 @@ def tokenize(
     instructions: list[str],
     max_length: int,
 ) -> list[TokenizedText]:
-    """Tokenizes `instructions[i] + texts[i]`, cut to `max_length` tokens.
+    """Tokenizes `instructions[i] + texts[i]`, cut to `max_length` tokens, or to the decoder's positions if fewer.
 
     The instruction's length is that of the released code: its tokens alone, without `<s>`. `<s>` makes up for the
     last of them, the space behind "Query:", which joins the first word of the text.
@@ -469,9 +573,20 @@ def tokenize(
         ValueError: `max_length` is no positive integer, or an instruction fills it and leaves no text to pool.
     """
     check_number("max_length", max_length)
+    positions = config.text_config.max_position_embeddings
+    asked, max_length = max_length, min(max_length, positions)
     end = tokenizer.eos_token if config.add_eos else ""
     full = [instruction + text + end for instruction, text in zip(instructions, texts, strict=True)]
-    rows = tokenizer(full, max_length=max_length, truncation=True)["input_ids"]
+    encoded = tokenizer(full, max_length=max_length, truncation=True)
+    rows = encoded["input_ids"]
+    if max_length < asked and any(
+        len(row) == max_length and encoding.overflowing for row, encoding in zip(rows, encoded.encodings)
+    ):
+        logger.warning_once(
+            f"A text is longer than the decoder's {positions} positions (max_position_embeddings) and is cut there, "
+            f"not at max_length {asked}."
+        )
+    _warn_of_doubled_ends(tokenizer, texts, rows)
     lengths = {"": 0}
     if config.is_mask_instruction:
         lengths |= {prefix: len(tokenizer.tokenize(prefix)) for prefix in set(instructions) if prefix}
@@ -485,6 +600,15 @@ def tokenize(
                 "no token of the text is left to pool; raise max_length or shorten the instruction"
             )
     return [TokenizedText(row, lengths.get(prefix, 0)) for row, prefix in zip(rows, instructions)]
+
+
+def _warn_of_doubled_ends(tokenizer: PreTrainedTokenizerFast, texts: list[str], rows: list[list[int]]) -> None:
+    end = tokenizer.eos_token
+    if end and any(text.endswith(end) and row[-2:] == 2 * [row[-1]] for text, row in zip(texts, rows)):
+        logger.warning_once(
+            f"A text ends in {end}, which is appended to every text already, and now stands there twice: leave it out "
+            "(the released sentence-transformers recipe adds it by hand), or the embedding changes."
+        )
 
 
 def _holds_text(tokenizer: PreTrainedTokenizerFast, whole: str, prefix_length: int, max_length: int) -> bool:
@@ -657,6 +781,7 @@ class NVEmbedModel(PreTrainedModel):
             lengths: tokens of each packed text; see `pack`.
             return_dict: False for a tuple of one tensor.
         """
+        check_not_wrapped(self)
         texts = PaddedTexts(input_ids.shape[-1], attention_mask) if lengths is None else PackedTexts(lengths)
         states = self.latent_attention_model(self.embedding_model(input_ids, texts), texts)
         if pool_mask is None:
@@ -717,7 +842,8 @@ class NVEmbedModel(PreTrainedModel):
         Args:
             prompts: the texts, without instruction: a list, a generator, a column of a dataset.
             instruction: prefix of every text, as `format_instruction` writes it; left out of the pooling.
-            max_length: tokens of a text with its instruction and special tokens; the rest is cut off.
+            max_length: tokens of a text with its instruction and special tokens; the rest is cut off. What is beyond
+                the decoder's `max_position_embeddings` is cut off in any case, which is said once.
             batch_tokens: tokens of a batch. None: 2,048 on a CPU, where a batch should fit its caches, 16,384
                 elsewhere.
             batch_size: texts of a batch at most; None: only tokens count.
@@ -735,8 +861,9 @@ class NVEmbedModel(PreTrainedModel):
             TypeError: `prompts` is a single string, or holds something else than strings.
             ValueError: no prompts, or one with a NUL or half of a surrogate pair; an argument out of its range;
                 `max_length` leaves nothing to pool; the model has no tokenizer.
-            RuntimeError: the iterable raised.
+            RuntimeError: the iterable raised; the model's parts are wrapped in `torch.nn.DataParallel`.
         """
+        check_not_wrapped(self)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load one with `from_pretrained`, or set `model.tokenizer`")
         if not isinstance(instruction, str):
@@ -849,36 +976,56 @@ class NVEmbedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, fold_latent_attention: bool = False, **kwargs):
         """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer that lies beside them.
 
+        The folder or repository of an adapter loads its base and the adapter on it (needs peft).
+
         Args:
             fold_latent_attention: fold it after loading; see `fold_latent_attention`.
 
         Raises:
             ValueError: the checkpoint is another kind of model, has no tokenizer, or lacks a tensor or has one too
-                many.
+                many; it is an adapter and peft is not installed.
         """
+        source = str(pretrained_model_name_or_path)
+        if kwargs.get("subfolder") and Path(source).is_dir():
+            source = str(Path(source, kwargs.pop("subfolder")))
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
-        saved, _ = NVEmbedConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
+        adapter, base_options = None, hub_options
+        if (base := find_base_of_adapter(source, **hub_options)) is not None:
+            if not is_peft_available():
+                raise ValueError(f"{source} is an adapter of {base}; loading it needs peft: pip install peft")
+            adapter, source = source, base
+            # Revision and subfolder are the adapter's; where its base lies is all that it says of that.
+            own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+            base_options = {name: value for name, value in hub_options.items() if name not in own}
+            kwargs["adapter_kwargs"] = (kwargs.get("adapter_kwargs") or {}) | own | {"_adapter_model_path": adapter}
+        saved, _ = NVEmbedConfig.get_config_dict(source, **base_options)
         if saved.get("model_type") != NVEmbedConfig.model_type:
             kind = f"is a {saved['model_type']!r} model" if "model_type" in saved else "has no config.json of a model"
+            of_adapter = f" (the base of the adapter {adapter})" if adapter else ""
             raise ValueError(
-                f"{pretrained_model_name_or_path} {kind}, not an NV-Embed checkpoint; "
+                f"{source}{of_adapter} {kind}, not an NV-Embed checkpoint; "
                 "train/init_checkpoint.py --base makes one from a decoder"
             )
-        add_pad_token = saved.get("add_pad_token", True)
-        tokenizer = load_tokenizer(pretrained_model_name_or_path, add_pad_token, **hub_options)
+        tokenizer = load_tokenizer(
+            source, saved.get("add_pad_token", True), saved.get("text_config", {}).get("vocab_size"), **base_options
+        )
         with_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["quantization_config"] = _spare_the_pooling(kwargs.get("quantization_config"))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that errors name the tensor
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, info = super().from_pretrained(source, *args, **kwargs)
         except Exception as error:
-            if (damaged := find_damaged_file(pretrained_model_name_or_path)) is None:
+            if (damaged := find_damaged_file(adapter or source) or find_damaged_file(source)) is None:
                 raise
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
         misshapen = () if may_differ else info["mismatched_keys"]
-        check_tensors(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], misshapen)
+        check_tensors(adapter or source, info["missing_keys"], info["unexpected_keys"], misshapen)
+        if getattr(model, "peft_config", None):
+            # Trained in fp32 beside a decoder in bf16; peft casts what goes into LoRA, nobody what goes into this.
+            model.latent_attention_model.to(model.embedding_model.norm.weight.dtype)
+            model.eval()
         model.tokenizer = tokenizer
         if fold_latent_attention:
             model.fold_latent_attention()
@@ -898,6 +1045,16 @@ class NVEmbedModel(PreTrainedModel):
         stamps = super()._get_files_timestamps(working_dir)
         ours = ("tokenizer", "special_tokens_map.json", "modules.json", "config_sentence_transformers.json")
         return {name: stamp for name, stamp in stamps.items() if not name.startswith(ours)}
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raises where the multi-GPU lines of the released model cards were run, which wrap each part of the model."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.DataParallel):
+            raise RuntimeError(
+                f"{name} is wrapped in torch.nn.DataParallel, which cannot split packed texts. For several GPUs: "
+                'SentenceTransformer(checkpoint, trust_remote_code=True).encode(texts, device=["cuda:0", "cuda:1"])'
+            )
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -956,11 +1113,37 @@ def part_from_links(folder: str) -> None:
             path.unlink()
 
 
-def load_tokenizer(name_or_path: str, add_pad_token: bool, **hub_options) -> PreTrainedTokenizerFast:
+def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
+    """What an adapter's folder or repository names as its base; None where it holds a model of its own, or neither.
+
+    Raises:
+        ValueError: its `adapter_config.json` is damaged or names no base.
+    """
+    try:
+        file = find_adapter_config_file(name_or_path, **hub_options)
+    except OSError:  # no such repository: the search for its config says so better
+        return None
+    if file is None or Path(file).with_name("config.json").is_file():
+        return None
+    try:
+        base = json.loads(Path(file).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or names no base_model_name_or_path ({error!r})") from error
+    if not base:
+        raise ValueError(f"{file} names no base_model_name_or_path; write the base's folder or Hub name there")
+    return base
+
+
+def load_tokenizer(
+    name_or_path: str, add_pad_token: bool, vocab_size: int | None = None, **hub_options
+) -> PreTrainedTokenizerFast:
     """The checkpoint's own `tokenizer.json`, as it is, padding on the right.
 
     Not through `AutoTokenizer`: the class that the released checkpoints name, `LlamaTokenizer`, rebuilds its
     normalizer in transformers 5 and tokenizes differently.
+
+    Args:
+        vocab_size: rows of the token embedding; a pad token beyond them gives way to `</s>`.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -970,6 +1153,8 @@ def load_tokenizer(name_or_path: str, add_pad_token: bool, **hub_options) -> Pre
     except Exception as error:  # tokenizers raises bare ones
         raise ValueError(f"the tokenizer.json of {name_or_path} is missing or damaged ({error})") from error
     if tokenizer.pad_token is None and add_pad_token:
+        tokenizer.pad_token = tokenizer.eos_token
+    if vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -990,9 +1175,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: str) -> No
 
 
 def save_sentence_transformers_files(config: NVEmbedConfig, folder: str) -> None:
-    """Writes `modules.json` and `config_sentence_transformers.json`, with the config's prompts."""
+    """Writes `modules.json` and `config_sentence_transformers.json`, the latter with what the config says of it."""
     module = {"idx": 0, "name": "0", "path": "", "type": "modeling_nvembed.NVEmbedTransformer"}
-    settings = {"prompts": config.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    settings = {name: getattr(config, name) for name in ("prompts", "default_prompt_name", "similarity_fn_name")}
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "modules.json").write_text(json.dumps([module], indent=2) + "\n")
     Path(folder, "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -1032,7 +1217,8 @@ class NVEmbedTransformer(nn.Module):
     def max_seq_length(self) -> int:
         """Tokens of a text with its prompt; kept in the config, so that it is saved."""
         config = self.auto_model.config
-        return config.max_seq_length or config.text_config.max_position_embeddings
+        positions = config.text_config.max_position_embeddings
+        return min(config.max_seq_length or positions, positions)
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int) -> None:
@@ -1083,22 +1269,72 @@ class NVEmbedTransformer(nn.Module):
         trust_remote_code: bool = False,
         model_kwargs: dict | None = None,
         config_kwargs: dict | None = None,
+        processor_kwargs: dict | None = None,
+        tokenizer_kwargs: dict | None = None,
+        backend: str = "torch",
         **kwargs,
     ) -> "NVEmbedTransformer":
         """What `SentenceTransformer(model_name_or_path, model_kwargs=...)` calls; `model_kwargs` and `config_kwargs`
-        go to `NVEmbedModel.from_pretrained`."""
+        go to `NVEmbedModel.from_pretrained`.
+
+        Args:
+            processor_kwargs: `model_max_length` alone, which becomes `max_seq_length`; `tokenizer_kwargs` is its name
+                before sentence-transformers 5.4.
+
+        Raises:
+            ValueError: another `backend` than torch, another setting of the tokenizer.
+        """
+        if backend != "torch":
+            raise ValueError(f"backend is {backend!r}; NV-Embed checkpoints run in torch alone: leave `backend` out")
+        settings = dict(processor_kwargs or tokenizer_kwargs or {})
+        max_seq_length = settings.pop("model_max_length", None)
+        if settings:
+            raise ValueError(
+                f"processor_kwargs has {', '.join(settings)}; the checkpoint's tokenizer is read as it is, only "
+                "model_max_length can be set"
+            )
         hub_options = {"token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
         options = hub_options | {"revision": revision} | (config_kwargs or {}) | (model_kwargs or {})
-        return cls(NVEmbedModel.from_pretrained(model_name_or_path, **options))
+        if subfolder:  # within a Router
+            options["subfolder"] = subfolder
+        module = cls(NVEmbedModel.from_pretrained(model_name_or_path, **options))
+        if max_seq_length is not None:
+            check_number("model_max_length", max_seq_length)
+            module.max_seq_length = max_seq_length
+        return module
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        # sentence-transformers writes its own two files itself, with its user's prompts in the one it wrote just now.
-        settings = Path(output_path, "config_sentence_transformers.json")
-        if settings.is_file():
-            self.auto_model.config.prompts = json.loads(settings.read_text())["prompts"]
+        # sentence-transformers writes its own files itself. In the one that is there by now are its user's prompts; a
+        # Router's modules lie below it, and their class is looked for beside it.
+        folder, config = Path(output_path).resolve(), self.auto_model.config
+        for root in (folder, *folder.parents[:2]):
+            file = root / "config_sentence_transformers.json"
+            if file.is_file():
+                settings = json.loads(file.read_text())
+                config.prompts = settings["prompts"]
+                config.default_prompt_name = settings.get("default_prompt_name")
+                config.similarity_fn_name = settings.get("similarity_fn_name") or "cosine"
+                if root != folder:
+                    custom_object_save(self.auto_model, str(root))
+                break
         part_from_links(output_path)
         save_tokenizer(self.tokenizer, output_path)
         PreTrainedModel.save_pretrained(self.auto_model, output_path)
 
+    def __reduce_ex__(self, protocol):
+        if type(self) is not NVEmbedTransformer:
+            return super().__reduce_ex__(protocol)
+        return _restore_module, (self.__dict__,)  # not by `__module__`, which is no module that can be imported
+
+
+def _restore_module(state: dict) -> NVEmbedTransformer:
+    module = NVEmbedTransformer.__new__(NVEmbedTransformer)
+    module.__setstate__(state)
+    return module
+
+
+# sentence-transformers writes `__module__` and name into `modules.json` and a Router's types. Wherever this class was
+# imported from, that has to be the file in the checkpoint, or the folder would open only where nvembed is installed.
+NVEmbedTransformer.__module__ = "modeling_nvembed"
 
 NVEmbedModel.register_for_auto_class()

@@ -190,8 +190,8 @@ def _load_reranking(entry: LocalTask) -> dict[str, RetrievalSplitData]:
             if not isinstance(row[column], list) or not row[column]:
                 raise ValueError(f'{name}: "{column}" is {row[column]!r}; a query needs a list with at least one text')
             for number, text in enumerate(row[column]):
-                if not isinstance(text, str):
-                    raise ValueError(f'{name}: "{column}"[{number}] is {text!r}, not a string')
+                cell = f"{column}[{number}]"
+                text_of({cell: text}, cell, name)
                 document_id = f"{prefix}_{query_id}_{number:05}"
                 corpus[document_id], qrels[query_id][document_id] = text, grade
     ranked = {query_id: list(judgements) for query_id, judgements in qrels.items()}

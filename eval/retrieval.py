@@ -4,7 +4,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.eval.tables import read_jsonl
+from nvembed.eval.tables import read_jsonl, text_of
 
 
 @dataclass
@@ -76,8 +76,8 @@ def _read_texts(path: Path) -> dict[str, str]:
         id_ = str(row["_id"])
         if id_ in texts:
             raise ValueError(f'{path}:{number}: "_id" {id_!r} stands there a second time')
-        if not isinstance(row["text"], str):
-            raise ValueError(f'{path}:{number}: "text" is {row["text"]!r}, not a string')
+        text_of(row, "text", f"{path}:{number}")
+        text_of({"title": row.get("title") or ""}, "title", f"{path}:{number}")
         texts[id_] = document_text(row)
     return texts
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from datasets import load_dataset
 
+from nvembed.modeling_nvembed import check_characters
+
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -76,9 +78,10 @@ def text_of(row: dict, column: str, name: str) -> str:
     """A text column of a row, which may be empty.
 
     Raises:
-        ValueError: it is no string; the row is named.
+        ValueError: it is no string, or holds a NUL or half of a surrogate pair (JSON can); the row is named.
     """
     value = row[column]
     if not isinstance(value, str):
         raise ValueError(f'{name}: "{column}" is {value!r} of type {type(value).__name__}, not a string')
+    check_characters(value, f'{name}: "{column}"')
     return value

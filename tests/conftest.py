@@ -21,8 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import write_checkpoint
-from nvembed.train.init_checkpoint import InitArguments, init_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +68,8 @@ def decoder_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def init_args(decoder_dir):
     """`InitArguments` for the tiny decoder; keywords override."""
+    # Not at the top: `make test-versions` runs in environments without what training needs.
+    from nvembed.train.init_checkpoint import InitArguments
 
     def make(output_dir="unused", **overrides) -> InitArguments:
         options = {"base": str(decoder_dir), "num_latents": 8, "num_cross_heads": 2, "cross_dim_head": 24}
@@ -81,6 +81,9 @@ def init_args(decoder_dir):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, init_args) -> Path:
     """An untrained checkpoint folder."""
+    from nvembed.train.checkpoints import write_checkpoint
+    from nvembed.train.init_checkpoint import init_model
+
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     write_checkpoint(init_model(init_args()), str(folder))
     return folder

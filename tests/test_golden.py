@@ -90,6 +90,6 @@ def test_converted_checkpoint_equals_released_code(golden, golden_dir, encode_wi
 @pytest.mark.parametrize("name", ["queries", "truncated_passages"])
 def test_checkpoint_saved_by_another_version_loads(golden, encode_without_nvembed, name):
     case, expected = golden[2][name], golden[3][name]
-    folder = Path(os.environ["NVEMBED_SAVED_ELSEWHERE"])
+    folder = Path(os.environ["NVEMBED_SAVED_ELSEWHERE"], "converted")
     actual, _ = encode_without_nvembed(folder, case["texts"], case["instruction"], case["max_length"])
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)

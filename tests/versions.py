@@ -12,8 +12,11 @@ import tempfile
 import venv
 from pathlib import Path
 
+from test_rope import LONG_TEXTS, ROPES
+from torch import save as torch_save
 from transformers.utils.logging import tqdm
 
+from nvembed import NVEmbedModel
 from nvembed.train.checkpoints import convert_released
 
 
@@ -28,7 +31,7 @@ VERSIONS = [
 ]
 
 
-def run_tests(transformers: str, torch: str, sentence_transformers: str, checkpoint: Path) -> str:
+def run_tests(transformers: str, torch: str, sentence_transformers: str, checkpoints: Path) -> str:
     """The last line of pytest, or of the installation that failed."""
     with tempfile.TemporaryDirectory(prefix="nvembed-versions-") as folder:
         venv.create(folder, with_pip=True)
@@ -39,17 +42,27 @@ def run_tests(transformers: str, torch: str, sentence_transformers: str, checkpo
         if done.returncode != 0:
             return f"not installed: {done.stderr.strip().splitlines()[-1]}"
         next(Path(folder).glob("lib/python*/site-packages")).joinpath("nvembed").symlink_to(ROOT)
-        tests = ["tests/test_golden.py", "tests/test_sentence_transformers.py", "-k", "golden"]
+        tests = ["tests/test_golden.py", "tests/test_rope.py", "tests/test_sentence_transformers.py"]
+        tests += ["-k", "golden or rope"]
         done = subprocess.run(
             [python, "-m", "pytest", "-p", "no:cacheprovider", *tests],
             cwd=ROOT,
-            env=os.environ | {"NVEMBED_SAVED_ELSEWHERE": str(checkpoint)},
+            env=os.environ | {"NVEMBED_SAVED_ELSEWHERE": str(checkpoints)},
             capture_output=True,
             text=True,
         )
         if done.returncode != 0:
             print(done.stdout, done.stderr, file=sys.stderr)
         return re.sub(r", \d+ deselected| in .*", "", done.stdout.strip().splitlines()[-1])
+
+
+def save_with_scaled_ropes(source: str, folder: Path) -> None:
+    """The same weights with each kind of scaled rope, and what they embed here."""
+    for name, rope in ROPES.items():
+        model = NVEmbedModel.from_pretrained(source)
+        model.config.text_config.rope_parameters = rope
+        model.save_pretrained(folder / name)
+        torch_save(model.encode(LONG_TEXTS), folder / name / "expected.pt")
 
 
 def main() -> None:
@@ -59,8 +72,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         convert_released(str(golden), str(Path(folder, "converted")))
+        save_with_scaled_ropes(str(golden), Path(folder))
         for versions in tqdm(VERSIONS, unit="environment"):
-            rows.append((*versions, run_tests(*versions, Path(folder, "converted"))))
+            rows.append((*versions, run_tests(*versions, Path(folder))))
     print("| transformers | torch | sentence-transformers | tests |\n|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
     sys.exit(any("passed" not in row[-1] or "failed" in row[-1] for row in rows))

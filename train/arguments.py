@@ -1,6 +1,6 @@
 """Every option of the training scripts, as dataclasses for `RecipeParser`: YAML and command line alike."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from transformers import TrainingArguments
@@ -32,6 +32,16 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**(config | parts.get(self.stage, {})))
 
 
+# Options of `TrainingArguments` that the contrastive loss and the blended data leave no place for, with the values that
+# ask for nothing; others are refused, not ignored.
+IGNORED = {
+    "label_smoothing_factor": (0,),
+    "neftune_noise_alpha": (None, 0),
+    "train_sampling_strategy": ("random",),
+    "use_liger_kernel": (False,),
+}
+
+
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's `ModelConfig` with the paper's LoRA (Appendix, unverified): all linear layers of the decoder."""
@@ -48,6 +58,14 @@ class ModelArguments(ModelConfig):
     )
     lora_task_type: str | None = field(default=None, metadata={"help": "None: peft leaves our forward as it is."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attn_implementation is not None:
+            raise ValueError(
+                f"attn_implementation is {self.attn_implementation!r}, but the model chooses its attention by itself: "
+                "a variable-length kernel where there is one, torch's elsewhere; leave it out"
+            )
+
 
 @dataclass
 class DataArguments:
@@ -63,7 +81,8 @@ class DataArguments:
     chunk_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Gradient caching: tokens whose activations are held at once. None: those of the whole batch."
+            "help": "Gradient caching: tokens whose activations are held at once. None: those of the whole batch. Loss "
+            "and gradient are the same; dropout draws other numbers than in one piece, the same in both passes."
         },
     )
     eval_tasks: str | None = field(
@@ -105,7 +124,9 @@ class StageArguments(TrainingArguments):
     batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a batch, all processes and accumulated steps together; sets per_device_train_batch_size."
+            "help": "Rows of a batch, all processes and accumulated steps together; sets per_device_train_batch_size. "
+            "In-batch negatives come from one accumulated step: for more of them at the same memory, set chunk_tokens "
+            "instead of gradient_accumulation_steps."
         },
     )
     push_adapter: bool = field(
@@ -127,6 +148,12 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
             )
+        for name, without_effect in IGNORED.items():
+            value = getattr(self, name)
+            if getattr(value, "value", value) not in without_effect:
+                raise ValueError(f"{name} is {value!r}, which this training cannot do; leave it out")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0, or set max_steps")
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -144,6 +171,37 @@ class StageArguments(TrainingArguments):
                     f"{max(1, round(self.batch_size / shares)) * shares} would do"
                 )
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+
+def check_negatives(data_args: DataArguments, training_args: StageArguments) -> None:
+    """Raises a `ValueError` where no row could have a negative: the loss would be 0 whatever the model does."""
+    if data_args.num_negatives > 0:
+        return
+    if not training_args.in_batch_negatives:
+        raise ValueError(
+            "num_negatives is 0 and in_batch_negatives is off (as in stage 2), so no row has a negative and nothing "
+            "would be learned; set num_negatives to 1 or more"
+        )
+    rows = training_args.per_device_train_batch_size * training_args.world_size
+    if rows < 2:
+        raise ValueError(
+            "num_negatives is 0 and a batch has one row, so there is no negative in it and nothing would be learned; "
+            "raise batch_size (accumulated steps do not share negatives) or num_negatives"
+        )
+
+
+def settings_of(
+    model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments
+) -> dict[str, object]:
+    """All settings of a run by name, as JSON has them; LoRA's only where it is used."""
+    groups = (training_args, data_args, model_args)
+    known = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    known["processes"] = training_args.world_size
+    share = training_args.world_size * training_args.gradient_accumulation_steps
+    known["batch_size"] = training_args.per_device_train_batch_size * share
+    if not model_args.use_peft:
+        known = {name: value for name, value in known.items() if not name.startswith("lora_")}
+    return {name: getattr(value, "value", value) for name, value in known.items()}
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from yaml import YAMLError
 from nvembed.eval.report import markdown_table
 from nvembed.eval.results import describe, eval_results
 from nvembed.modeling_nvembed import format_instruction
-from nvembed.train.arguments import DataArguments, ModelArguments, StageArguments
+from nvembed.train.arguments import DataArguments, StageArguments
 from nvembed.train.checkpoints import CARD
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.registry import DatasetSource, infer_kind
+from nvembed.train.resume import RunRecord
 
 
 logger = get_logger(__name__)
@@ -52,7 +53,7 @@ class TrainingRun:
         triplets: how many each source has.
         samples: how many of each were trained on, repetitions counted.
         example: one triplet.
-        settings: name -> value.
+        settings: name -> value, as text; one that changed at a resume has all its values.
         history: the Trainer's log, step by step.
         tasks: those measured during training.
         saved_step: whose weights are saved; None: the last's.
@@ -66,14 +67,15 @@ class TrainingRun:
     triplets: Sequence[int]
     samples: Sequence[int]
     example: dict
-    settings: dict[str, object]
+    settings: dict[str, str]
     history: Sequence[dict]
     tasks: Sequence[AbsTask]
     saved_step: int | None = None
 
 
 def describe_run(
-    model_args: ModelArguments,
+    settings: Mapping[str, object],
+    record: RunRecord,
     data_args: DataArguments,
     training_args: StageArguments,
     blend: Blend,
@@ -82,28 +84,36 @@ def describe_run(
     saved_step: int | None = None,
 ) -> TrainingRun:
     """Gathers what `write_card` needs, after training."""
-    groups = (training_args, data_args, model_args)
-    known = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
-    known |= {"processes": training_args.world_size}
-    share = training_args.world_size * training_args.gradient_accumulation_steps
-    known["batch_size"] = training_args.per_device_train_batch_size * share
-    if not model_args.use_peft:
-        known = {name: value for name, value in known.items() if not name.startswith("lora_")}
-    known["steps"] = steps = max((entry.get("step", 0) for entry in history), default=0)
+    steps = max((entry.get("step", 0) for entry in history), default=0)
     return TrainingRun(
         stage=training_args.stage,
-        base=model_args.model_name_or_path,
+        base=settings["model_name_or_path"],
         sources=data_args.datasets,
         kinds=[source.kind or infer_kind(source) for source in data_args.datasets],
         instructions=[table[0]["instruction"] for table in blend.tables],
         triplets=[len(table) for table in blend.tables],
-        samples=blend.samples(steps * known["batch_size"]),
+        samples=blend.samples(steps * settings["batch_size"]),
         example=blend[0],
-        settings={name: known[name] for name in SETTINGS if known.get(name) is not None and known[name] is not False},
+        settings=describe_settings({**settings, "steps": steps}, record),
         history=list(history),
         tasks=list(tasks or ()),
         saved_step=saved_step,
     )
+
+
+def describe_settings(settings: Mapping[str, object], record: RunRecord) -> dict[str, str]:
+    """The settings that a card shows, as text; one that changed at a resume with each value and its first step."""
+    described = {}
+    for name in SETTINGS:
+        (_, value), *later = record.history(name) if name in record.periods[-1][1] else [(0, settings.get(name))]
+        values = [_as_text(value), *(f"from step {step}: {_as_text(value)}" for step, value in later)]
+        if later or value not in (None, False):
+            described[name] = "; ".join(values)
+    return described
+
+
+def _as_text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False) -> None:
@@ -256,9 +266,7 @@ def training_text(run: TrainingRun) -> str:
         place = source.path if is_hub_name(source.path) else source.name
         rows.append([place, kind, instruction or "-", f"{triplets:,}", f"{samples:,}"])
     settings = [["setting", "value"]]
-    for name, value in run.settings.items():
-        value = ", ".join(value) if isinstance(value, list) else getattr(value, "value", value)
-        settings.append([f"`{name}`", str(value)])
+    settings += [[f"`{name}`", value] for name, value in run.settings.items()]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     start = run.base if is_hub_name(run.base) else Path(run.base).name
     text = f"`train/{run.stage}.py` of nvembed, started from `{start}`; {libraries}"

@@ -10,12 +10,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import get_logger, tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
@@ -63,64 +59,6 @@ def check_output_dir(output_dir: str) -> Path:
     return folder
 
 
-def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The training checkpoint to go on from: the one named, or, for true, the last in `output_dir`; None for none.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
-        return None
-    if str(resume_from_checkpoint).lower() == "true":  # as text from the command line, as a bool from a recipe
-        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if found is None:
-            raise FileNotFoundError(
-                f"{output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start anew"
-            )
-        return found
-    if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from_checkpoint} is no training checkpoint: no {TRAINER_STATE_NAME}"
-        )
-    return str(resume_from_checkpoint)
-
-
-def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
-    """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
-
-    Weights in shards, in a checkpoint of FSDP or a model of ZeRO-3, are not looked into.
-
-    Raises:
-        ValueError: the checkpoint is of another base, of another adapter, or of an adapter where all weights are
-            trained, or the other way round.
-    """
-    adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return
-    adapted = isinstance(model, PeftModel)
-    if adapter.is_file() != adapted and (adapter.is_file() or whole):
-        kinds = ("an adapter", "all weights")
-        there, here = kinds if adapter.is_file() else kinds[::-1]
-        raise ValueError(
-            f"{checkpoint} holds {there} and this run trains {here}: set use_peft: {str(not adapted).lower()}"
-        )
-    weights = get_peft_model_state_dict(model) if adapted else model.state_dict()
-    expected = {name: list(tensor.shape) for name, tensor in weights.items()}
-    found = {}
-    for path in [adapter] if adapter.is_file() else whole:
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in list(file.keys())}
-    if not found:
-        return
-    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{checkpoint} does not belong to this model and adapter: {name} is {found.get(name, 'absent')} there and "
-            f"{expected.get(name, 'absent')} here; give the model_name_or_path and LoRA settings it was trained with"
-        )
-
-
 @contextmanager
 def staged(output_dir: str) -> Iterator[Path]:
     """A folder to write to, moved to `output_dir` when all is written: a folder with a `config.json` is whole.
@@ -154,7 +92,7 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
-        ValueError: a weight is not finite.
+        ValueError: a weight is not finite, or what was written has other tensors than its config asks for.
     """
     check_output_dir(output_dir)
     for name, parameter in model.named_parameters():
@@ -162,6 +100,7 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
+        check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # it loads, or it is not there
         add_card(partial, write_card)
 
 
@@ -215,23 +154,30 @@ def convert_released(source: str, output_dir: str) -> None:
         raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
     config = NVEmbedConfig.from_pretrained(folder)
     config.prompts = config.prompts or paper_prompts()
-    with torch.device("meta"):
-        model = NVEmbedModel(config)
-    shards = check_weights(folder, {name: list(tensor.shape) for name, tensor in model.state_dict().items()})
+    shards = check_weights(folder, tensors_of(config))
     with staged(output_dir) as partial:
         for shard in tqdm(shards, desc="Linking", unit="file"):
             link_or_copy(shard, partial / shard.name)
         for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
             shutil.copyfile(file, partial / file.name)
-        save_tokenizer(load_tokenizer(str(folder), config.add_pad_token), str(partial))
+        tokenizer = load_tokenizer(str(folder), config.add_pad_token, config.text_config.vocab_size)
+        save_tokenizer(tokenizer, str(partial))
         save_sentence_transformers_files(config, str(partial))
-        custom_object_save(model, str(partial), config=config)  # the two code files, and `auto_map`
-        config.architectures = [type(model).__name__]
+        with torch.device("meta"):
+            custom_object_save(NVEmbedModel(config), str(partial), config=config)  # the code files, and `auto_map`
+        config.architectures = [NVEmbedModel.__name__]
         config.save_pretrained(partial)
 
 
 INDEX = "model.safetensors.index.json"
 DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
+
+
+def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:
+    """Names and shapes of a checkpoint's tensors."""
+    with torch.device("meta"):
+        model = NVEmbedModel(config)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:

@@ -32,6 +32,9 @@ class TripletCollator:
         max_length: tokens of a text with its instruction.
         num_negatives: hard negatives of a row; a triplet with more gives its first, the hardest if they are mined.
         chunk_tokens: tokens of a chunk at most (a longer text makes one of its own); None: one chunk.
+
+    Raises:
+        ValueError: `max_length` is more than the decoder's positions.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -39,6 +42,14 @@ class TripletCollator:
     max_length: int = 512
     num_negatives: int = 7
     chunk_tokens: int | None = None
+
+    def __post_init__(self):
+        positions = self.config.text_config.max_position_embeddings
+        if self.max_length > positions:
+            raise ValueError(
+                f"max_length is {self.max_length} and the decoder has {positions} positions "
+                f"(max_position_embeddings); set max_length: {positions} or less"
+            )
 
     def __call__(self, triplets: list[dict]) -> dict:
         position: dict[tuple[str, str], int] = {}  # (instruction, text) -> its place among the batch's texts

@@ -9,11 +9,13 @@ released checkpoint keeps its weights, by hard links where it can, and gets the 
 today's transformers and sentence-transformers.
 """
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
@@ -69,6 +71,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
         ) from error
     _check_layout(args, decoder_config)
     tokenizer = _embedding_tokenizer(AutoTokenizer.from_pretrained(base, **gguf), decoder_config, bool(gguf))
+    check_token_ids(tokenizer, decoder_config.vocab_size, args.base)
 
     fields = {key: value for key, value in decoder_config.to_dict().items() if not key.endswith("name_or_path")}
     fields.update(
@@ -128,7 +131,8 @@ def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: s
 def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokenizerFast:
     """The base's tokenizer, made to write `<s>` text `</s>` by itself and to pad on the right.
 
-    Every user of the checkpoint gets the end token, whichever library tokenizes, and truncation keeps it.
+    Every user of the checkpoint gets the end token, whichever library tokenizes, and truncation keeps it. A pad token
+    without a row in the embedding gives way to `</s>`.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if from_gguf:  # transformers reads the ids of a GGUF file into the config, and not always into the tokenizer
@@ -136,7 +140,9 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
     if eos is None:
         raise ValueError("the base's tokenizer has no end token, which every text needs; set its eos_token")
     bos = bos or eos  # `<s>` starts every text: the instruction's mask counts on it
-    backend = tokenizer.backend_tokenizer
+    backend, pad = tokenizer.backend_tokenizer, tokenizer.pad_token
+    if pad is not None and tokenizer.pad_token_id >= config.vocab_size:
+        backend, pad = _without_token(backend, pad), None
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A {eos}",
         pair=f"{bos} $A {eos} {bos} $B {eos}",
@@ -147,11 +153,32 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
         bos_token=bos,
         eos_token=eos,
         unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.pad_token or eos,
+        pad_token=pad or eos,
         padding_side="right",
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_token(backend: Tokenizer, token: str) -> Tokenizer:
+    """The tokenizer without an added token, so that a text that spells it out is read in pieces."""
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] != token]
+    if isinstance(content["model"].get("vocab"), dict):  # some list their added tokens there, too
+        content["model"]["vocab"].pop(token, None)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int, base: str) -> None:
+    """Raises a `ValueError` if a text can give a token that has no row in the embedding."""
+    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    if outside:
+        token = min(outside, key=outside.get)
+        raise ValueError(
+            f"{base}: {len(outside)} tokens of the tokenizer have no row in the embedding, which has {vocab_size}: the "
+            f"first is {token!r}, {outside[token]}. Take the tokenizer that belongs to the weights, or give the base "
+            "rows for them: model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def main(args: InitArguments) -> None:

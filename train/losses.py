@@ -72,13 +72,14 @@ def contrast(
         similarity = torch.einsum("bd,bnd->bn", queries, passages)
         candidate_ids = passage_ids
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
-    allowed = is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
-    allowed = allowed.scatter(1, target[:, None], True)
-    similarity = similarity.masked_fill(~allowed, float("-inf"))
-    losses = F.cross_entropy(similarity / temperature, target, reduction="none")
-    similarity, target = similarity.detach(), target[:, None]
-    positive, negatives = similarity.gather(1, target), similarity.scatter(1, target, float("-inf"))
-    return Contrast(losses, positive.squeeze(1), negatives.amax(1))
+    excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
+    # Rows times candidates, these tensors are the largest of a step: what can be is done in place.
+    target = target[:, None]
+    positive = similarity.detach().gather(1, target)
+    hardest_negative = similarity.detach().masked_fill(excluded.scatter_(1, target, True), float("-inf")).amax(1)
+    similarity = similarity.masked_fill_(excluded.scatter_(1, target, False), float("-inf"))
+    losses = F.cross_entropy(similarity.div_(temperature), target.squeeze(1), reduction="none")
+    return Contrast(losses, positive.squeeze(1), hardest_negative)
 
 
 def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:
@@ -90,12 +91,25 @@ def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor,
         all_query_ids, all_positive_ids: of all rows on all processes, `[world * batch]`.
 
     Returns:
-        `[batch, candidates]`.
+        `[batch, candidates]`; what is held meanwhile grows as that, not with a third factor.
     """
-    same_query = query_ids[:, None] == all_query_ids
-    same_text = candidate_ids[:, None, :] == all_positive_ids[:, None]  # [batch or 1, world * batch, candidates]
-    is_positive = (same_query[:, :, None] & same_text).any(1)
-    return (candidate_ids != NO_TEXT) & (candidate_ids != query_ids[:, None]) & ~is_positive
+    # Numbers from 0 for queries and texts, so that "is a positive of that query" is a table or a set of pairs.
+    queries, query_numbers = query_ids.unique(return_inverse=True)
+    texts, numbers = torch.cat([all_positive_ids, candidate_ids.flatten()]).unique(return_inverse=True)
+    positive_numbers, candidate_numbers = numbers[: len(all_positive_ids)], numbers[len(all_positive_ids) :]
+    here = torch.searchsorted(queries, all_query_ids).clamp(max=len(queries) - 1)
+    known = queries[here] == all_query_ids  # rows of other processes may have queries that no row here has
+    if len(candidate_ids) == 1:
+        is_positive = torch.zeros(len(queries), len(texts), dtype=torch.bool, device=query_ids.device)
+        is_positive[here[known], positive_numbers[known]] = True
+        result = is_positive[:, candidate_numbers][query_numbers]
+        del is_positive
+    else:
+        pairs = query_numbers[:, None] * len(texts) + candidate_numbers.view_as(candidate_ids)
+        result = torch.isin(pairs, here[known] * len(texts) + positive_numbers[known])
+    result |= candidate_ids == NO_TEXT
+    result |= candidate_ids == query_ids[:, None]
+    return result.logical_not_()
 
 
 def gather(x: Tensor) -> Tensor:

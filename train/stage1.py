@@ -10,18 +10,30 @@ from trl import get_quantization_config
 
 from nvembed.eval.local_tasks import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, StageArguments
+from nvembed.train.adapter import add_adapter
+from nvembed.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    RecipeParser,
+    Stage1Arguments,
+    StageArguments,
+    check_negatives,
+    settings_of,
+)
 from nvembed.train.card import describe_run, write_card
-from nvembed.train.checkpoints import check_output_dir, check_resume, find_resume
+from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import load_blend
 from nvembed.train.hub import check_push, push_folder, repositories
-from nvembed.train.trainer import ADAPTER, EmbeddingTrainer, add_adapter
+from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
+from nvembed.train.trainer import ADAPTER, EmbeddingTrainer
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     check_output_dir(training_args.output_dir)
+    check_negatives(data_args, training_args)
     check_push(training_args, model_args)
+    settings = settings_of(model_args, data_args, training_args)
     resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)
     held_out = None
     if data_args.eval_tasks is not None:
@@ -33,6 +45,11 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         dtype=model_args.dtype,
         quantization_config=get_quantization_config(model_args),
     )
+    kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
+    base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
+    record = RunRecord(kept, base)
+    if resume is not None:
+        record = resume_record(resume, kept, base, is_deepspeed=training_args.deepspeed_plugin is not None)
     triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
 
     trainer = EmbeddingTrainer(
@@ -41,6 +58,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
         train_dataset=triplets,
         eval_dataset=held_out,
         eval_max_length=data_args.max_length,
+        record=record,
         data_collator=TripletCollator(
             model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
         ),
@@ -54,7 +72,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
 
     def card(folder: Path, name: str, adapter: bool = False) -> None:
         saved = trainer.state.best_global_step if training_args.load_best_model_at_end else None
-        run = describe_run(model_args, data_args, training_args, triplets, trainer.state.log_history, held_out, saved)
+        run = describe_run(
+            settings, record, data_args, training_args, triplets, trainer.state.log_history, held_out, saved
+        )
         write_card(folder, run, name, adapter)
 
     trainer.save_merged(

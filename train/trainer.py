@@ -1,6 +1,5 @@
 """`transformers.Trainer` for triplets: contrastive loss, local tasks as its evaluation, tokens/s in its log."""
 
-import copy
 import errno
 import os
 import shutil
@@ -8,24 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from mteb.abstasks import AbsTask
-from peft import PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
-from trl import get_peft_config
 
 from nvembed.eval.callback import LocalTasksCallback, is_sharded
-from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.arguments import ModelArguments
+from nvembed.train.adapter import is_quantized, merge_adapter, with_weights, write_adapter
 from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import contrast
+from nvembed.train.resume import FreshSettings, RunRecord
 from nvembed.train.watch import LossGuard, Window
 
 
@@ -33,88 +27,30 @@ PARTIAL_CHECKPOINT = ".partial-checkpoint"
 ADAPTER = "adapter"  # folder within the output folder
 
 
-def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
-    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
-
-    Raises:
-        ValueError: the latent attention is folded, or quantized weights would be trained themselves.
-    """
-    if model.config.latent_attention_is_folded:
-        raise ValueError(
-            f"{model_args.model_name_or_path} has a folded latent attention, which is for evaluation alone; train the "
-            "unfolded checkpoint that it was made from"
-        )
-    config = get_peft_config(model_args)
-    if config is None and is_quantized(model):
-        raise ValueError(
-            "quantized weights cannot be trained: drop load_in_4bit and load_in_8bit, or set use_peft: true"
-        )
-    if config is None:
-        return model.float()  # as below: full fine-tuning in bf16 would lose small updates
-    pooling = model.latent_attention_model
-    if not any(True for _ in pooling.parameters()):
-        config.modules_to_save = None  # mean and eos pooling have nothing to train
-    pooling.float()  # bf16 weights would lose updates of the size of the paper's learning rate
-    return get_peft_model(model, config)
-
-
-def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
-    """Whether bitsandbytes holds the decoder's matrices in 8 or 4 bit."""
-    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
-
-
-def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
-    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load.
-
-    Into a quantized base, LoRA was trained to make up for its rounding, so it is added to what those numbers stand for,
-    not to the weights that they were rounded from, and the sum is not rounded to 8 or 4 bit again.
-    """
-    if is_quantized(model):
-        model = with_weights(model, dequantized_weights(model))
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    return model.to(model.embedding_model.norm.weight.dtype)
-
-
-def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
-    """The weights, matrices of 8 or 4 bit multiplied out to the dtype of the norms, in main memory."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    state = model.state_dict()  # not the parameters: bitsandbytes rearranges 4 bit on a CPU, and undoes it in here
-    weights = {name: state[name].cpu() for name, _ in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
-            matrix = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()
-            weights[f"{name}.weight"] = matrix.to("cpu", base.embedding_model.norm.weight.dtype)
-    return weights
-
-
-def with_weights(model: NVEmbedModel | PeftModel, weights: dict[str, Tensor]) -> NVEmbedModel | PeftModel:
-    """The same model and adapter around other weights; `model` itself, whose own are shards, stays as it is."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        whole = NVEmbedModel(config)
-        if isinstance(model, PeftModel):
-            whole = get_peft_model(whole, model.peft_config[model.active_adapter])
-    whole.load_state_dict(weights, assign=True)
-    (whole.get_base_model() if isinstance(whole, PeftModel) else whole).tokenizer = base.tokenizer
-    return whole
-
-
 class EmbeddingTrainer(Trainer):
     """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.local_tasks`).
+
+    Args:
+        eval_max_length: tokens of a text of these tasks with its instruction.
+        record: the run's settings, written into its checkpoints; None: none are.
 
     Raises:
         ValueError: fewer triplets than one batch of all processes holds; an evaluation set that no `eval_steps` uses;
             a bf16 decoder without bf16 training; a quantized one that would be split over processes.
     """
 
-    def __init__(self, *args, eval_dataset: Sequence[AbsTask] | None = None, eval_max_length: int = 512, **kwargs):
+    def __init__(
+        self,
+        *args,
+        eval_dataset: Sequence[AbsTask] | None = None,
+        eval_max_length: int = 512,
+        record: RunRecord | None = None,
+        **kwargs,
+    ):
         if eval_dataset is not None:  # first, so that other callbacks see its metrics
             kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        self._record = record
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
@@ -172,6 +108,8 @@ class EmbeddingTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+            if self._record is not None and self.is_world_process_zero():
+                self._record.save(partial / name)
         except Exception as error:  # an OSError, or what safetensors and torch make of one
             if shutil.disk_usage(folder).free > 2**20 and getattr(error, "errno", None) != errno.ENOSPC:
                 raise
@@ -193,6 +131,14 @@ class EmbeddingTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        fresh = FreshSettings(self.optimizer, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        fresh.give_back(self.optimizer, self.lr_scheduler)
 
     def _get_output_dir(self, trial) -> str:
         return self._checkpoint_folder or super()._get_output_dir(trial)
@@ -233,6 +179,8 @@ class EmbeddingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._window.close()
+        elif "train_loss" in logs:  # the end: what came after the last log
+            self._window.close()
         super().log(logs, start_time)
 
     def save_merged(
@@ -254,7 +202,7 @@ class EmbeddingTrainer(Trainer):
             if self.args.push_adapter:
                 folder = Path(self.args.output_dir, ADAPTER)
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
-                model.save_pretrained(folder)
+                write_adapter(model, folder)
                 add_card(folder, write_adapter_card)
             write_checkpoint(merge_adapter(model), self.args.output_dir, write_card)
         self.accelerator.wait_for_everyone()

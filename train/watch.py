@@ -55,6 +55,9 @@ class Window:
         arithmetic of one forward and one backward pass over them against the device's peak (on GPUs that
         `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>` are of this
         window; similarities are cosines, means over the rows.
+
+        Raises:
+            ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
         """
         seconds, sums = time.perf_counter() - self.start, defaultdict(lambda: [0, 0.0])
         positive, hardest = [0, 0.0], [0, 0.0]
@@ -66,6 +69,12 @@ class Window:
         everywhere = gather_object([(self.tokens, dict(sums), positive, hardest)])
         self._clear()
 
+        if any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
+            raise ValueError(
+                f"none of the last {sum(count for part in everywhere for count, _ in part[1].values())} rows had a "
+                "negative, so nothing was learned: give the triplets negatives, raise num_negatives, or, with "
+                "in_batch_negatives, put different texts in a batch"
+            )
         tokens_per_second = sum(part[0] for part in everywhere) / seconds
         logs = {"tokens_per_second": round(tokens_per_second, 1)}
         if self.peak is not None:

@@ -24,7 +24,7 @@ def make_run(stage: str, base: str, **overrides) -> TrainingRun:
         "triplets": [12345, 7],
         "samples": [640, 3],
         "example": example,
-        "settings": {"learning_rate": 2e-5},
+        "settings": {"learning_rate": "2e-05"},
         "history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "train_runtime": 120.0}],
         "tasks": [],
     }

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from nvembed import NVEmbedModel
+from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
-from nvembed.train.checkpoints import check_resume, convert_released, paper_prompts
+from nvembed.train.checkpoints import convert_released, paper_prompts
 from nvembed.train.init_checkpoint import InitArguments, main
-from nvembed.train.trainer import add_adapter
+from nvembed.train.resume import check_resume
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from nvembed import NVEmbedModel
+from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import info_nce
-from nvembed.train.trainer import add_adapter
 from tests.conftest import randomize
 
 

@@ -46,7 +46,7 @@ def test_config_carries_no_path_of_this_machine(checkpoint, decoder_dir):
 
 def test_other_layouts_are_refused(tmp_path, init_args, decoder_dir):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small |= {"num_key_value_heads": 1, "vocab_size": 50}
+    small |= {"num_key_value_heads": 1, "vocab_size": 400}
     Gemma2Model(Gemma2Config(**small)).save_pretrained(tmp_path / "gemma2")
     with pytest.raises(ValueError, match="gemma2 is a 'gemma2' model; the base must be .* Mistral or Llama layout"):
         init_model(init_args(base=str(tmp_path / "gemma2")))

@@ -9,12 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import get_quantization_config
 
 from nvembed import NVEmbedModel
+from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments, Stage1Arguments
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import DatasetSource, load_triplets
 from nvembed.train.init_checkpoint import init_model
-from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+from nvembed.train.trainer import EmbeddingTrainer
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

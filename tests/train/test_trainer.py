@@ -19,10 +19,11 @@ from nvembed import NVEmbedModel
 from nvembed.eval.local_tasks import read_tasks
 from nvembed.eval.run_mteb import EvaluationArguments, run
 from nvembed.modeling_nvembed import format_instruction
+from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import DatasetSource, load_triplets
-from nvembed.train.trainer import EmbeddingTrainer, add_adapter
+from nvembed.train.trainer import EmbeddingTrainer
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ Label-based, as in v1 and for two classes: the label's own words are the positiv
 import random
 from typing import TYPE_CHECKING
 
+from nvembed.eval import tables
 from nvembed.train.data.tables import read_table, sample, text_of
 
 
@@ -70,7 +71,7 @@ def _label(row: dict, name: str) -> str:
         raise ValueError(f'{name}: "label" is {label!r}; it must be a string or a number')
     if label == "":
         raise ValueError(f'{name}: "label" is empty; every text needs a label')
-    return str(label)
+    return tables.text_of({"label": str(label)}, "label", name)
 
 
 def _words(label: str) -> str:

@@ -8,36 +8,15 @@ As a script, writes any training dataset as ready triplets, so that mining is do
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
-import bm25s
 import numpy as np
 from tqdm import tqdm
 
+from nvembed.train.data.teachers import BM25, Teacher
+
 
 MAX_RATIO = 0.95  # TopK-PercPos: a negative scores below this share of its positive's score
-
-
-class Teacher(Protocol):
-    """What ranks a corpus for mining; BM25 here, an embedding model later."""
-
-    def scores(self, queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
-        """For each query, the scores of all documents, `[len(corpus)]`; higher is closer."""
-
-
-class BM25:
-    def scores(self, queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
-        tokens = bm25s.tokenize(corpus, stopwords="en", return_ids=False, show_progress=False)
-        if not any(tokens):  # no word to index: bm25s would stop at its empty vocabulary
-            yield from (np.zeros(len(corpus), dtype=np.float32) for _ in queries)
-            return
-        retriever = bm25s.BM25()
-        retriever.index(tokens, show_progress=False)
-        for words in bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False):
-            known = [word for word in words if word in retriever.vocab_dict]
-            yield retriever.get_scores(known) if known else np.zeros(len(corpus), dtype=np.float32)
 
 
 def add_negatives(

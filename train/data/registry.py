@@ -5,12 +5,15 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -113,6 +116,8 @@ TRIPLET_FEATURES = Features(
         "dataset": Value("string"),
         "instruction": Value("string"),
         "symmetric": Value("bool"),
+        "positive_score": Value("float64"),  # a teacher's, where the data came with one
+        "negative_scores": Sequence(Value("float64")),
     }
 )
 
@@ -131,7 +136,7 @@ def load_triplets(
     tables = []
     for source in check_sources(sources):
         records = list(iterate_triplets(source, num_negatives, seed, instruction))
-        tables.append(Dataset.from_list(records, features=TRIPLET_FEATURES))
+        tables.append(Dataset(pa.Table.from_pylist(records, schema=TRIPLET_FEATURES.arrow_schema)))
     return concatenate_datasets(tables)
 
 
@@ -162,15 +167,19 @@ def load_blend(
     processes: raise `ddp_timeout`, or mine beforehand.
 
     Raises:
-        ValueError: as `load_triplets`; fewer triplets than a batch has rows; `output_dir` has training checkpoints of
-            other data.
+        FileNotFoundError: `output_dir` is not on a disk that this process's machine shares with the main process's.
+        TimeoutError: the main process took longer than `ddp_timeout`.
+        ValueError: as `load_triplets`; fewer triplets than a batch has rows; a set without negatives where rows get
+            them from nowhere else; `output_dir` has training checkpoints of other data.
     """
     folder = Path(training_args.output_dir, "triplets")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    with training_args.main_process_first(local=False, desc="loading triplets"):
+    with after_main_process(training_args):
         if training_args.process_index == 0:
             write_tables(folder, check_sources(sources), num_negatives, seed, instruction)
-        tables = [Dataset.from_file(str(folder / table_name(i))) for i in range(len(sources))]
+        tables = [read_triplets(folder / table_name(i)) for i in range(len(sources))]
+    if not training_args.in_batch_negatives or training_args.per_device_train_batch_size * training_args.world_size < 2:
+        check_have_negatives(tables, sources)
     batch = training_args.per_device_train_batch_size * training_args.world_size
     batch *= training_args.gradient_accumulation_steps
     triplets = sum(map(len, tables))
@@ -185,6 +194,51 @@ def load_blend(
     training_args.num_train_epochs = 1.0
     weights = None if sources[0].weight is None else [source.weight for source in sources]
     return Blend(tables, samples, weights, seed)
+
+
+@contextmanager
+def after_main_process(training_args: TrainingArguments) -> Iterator[None]:
+    """The body runs on the main process first, then on the others, which say so when they have waited too long."""
+    advice = (
+        f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for the triplets, and the run ends if "
+        "reading and mining take longer: raise --ddp_timeout then, or mine beforehand (train/data/mine_negatives.py)."
+    )
+    if training_args.world_size > 1 and training_args.process_index == 0:
+        logger.warning(advice)
+    entered = False
+    try:
+        with training_args.main_process_first(local=False, desc="loading triplets"):
+            entered = True
+            yield
+    except RuntimeError as error:
+        if entered:
+            raise
+        raise TimeoutError(f"the main process did not finish the triplets ({error}). {advice}") from error
+
+
+def read_triplets(path: Path) -> Dataset:
+    """A table of `write_tables`, memory-mapped.
+
+    Raises:
+        FileNotFoundError: the main process wrote it to a disk of its own.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is absent on {socket.gethostname()}, though the main process has written it: output_dir must be "
+            "on a disk that all machines share"
+        )
+    return Dataset.from_file(str(path))
+
+
+def check_have_negatives(tables: list[Dataset], sources: list[DatasetSource]) -> None:
+    """Raises a `ValueError` for a set none of whose rows has a negative: its loss would be 0 whatever is learned."""
+    for table, source in zip(tables, sources):
+        if not pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
+            raise ValueError(
+                f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
+                "(in_batch_negatives off, or one row a batch), so nothing would be learned from it: give it negatives, "
+                "leave them out of the file to have them mined, or drop the set"
+            )
 
 
 def table_name(index: int) -> str:
@@ -305,12 +359,13 @@ def infer_kind(source: DatasetSource) -> str:
     columns = columns_of(source)
     for kind, required in (
         ("triplets", {"query"}),  # one column is enough to know it: the loader names the line that lacks another
+        ("triplets", {"anchor"}),
         ("sts", {"sentence1", "sentence2", "score"}),
         ("classification", {"text", "label"}),
     ):
         if required <= columns:
             return kind
     raise ValueError(
-        f"{source.path}: unknown dataset layout with columns {sorted(columns)}; expected query, positive (and "
-        "negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl"
+        f"{source.path}: unknown dataset layout with columns {sorted(columns)}; expected query (or anchor), positive "
+        "(and negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl"
     )

@@ -1,8 +1,20 @@
-"""Ready triplets: rows of `query`, `positive` and, if there are, `negatives`, `instruction`, `symmetric`, `dataset`."""
+"""Triplets with or without negatives, in the layouts that people have them in, read as they are.
 
-from collections.abc import Iterator
+| layout | query | positives | negatives | beside them |
+|---|---|---|---|---|
+| ours | `query` | `positive` | `negatives`, a list | `positive_score`, `negative_scores` |
+| sentence-transformers | `anchor` or `query` | `positive` | `negative`, or `negative_1`, `negative_2`, ... | |
+| FlagEmbedding | `query` | `pos`, a list | `neg`, a list | `pos_scores`, `neg_scores`, `prompt` (the instruction) |
+| tevatron | `query` | `positive_passages` | `negative_passages`, lists of `title` and `text` | |
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from transformers.utils.logging import get_logger
+
+from nvembed.eval.retrieval import document_text
 from nvembed.train.data.mine_negatives import add_negatives
 from nvembed.train.data.tables import read_table, sample, text_of
 
@@ -10,51 +22,150 @@ from nvembed.train.data.tables import read_table, sample, text_of
 if TYPE_CHECKING:
     from nvembed.train.data.registry import DatasetSource
 
+logger = get_logger(__name__)
+
+QUERY = ("query", "anchor")
+POSITIVE = ("positive", "pos", "positive_passages")
+NEGATIVES = ("negatives", "negative", "neg", "negative_passages")
+NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
+LISTS = ("pos", "neg", "negatives", "positive_passages", "negative_passages")
+SCORES = {"positive_score", "negative_scores", "pos_scores", "neg_scores"}
+KNOWN = {*QUERY, *POSITIVE, *NEGATIVES, *SCORES, "instruction", "prompt", "symmetric", "dataset"}
+
 
 def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dict]:
-    """Reads triplets, one at a time; where no row has negatives, they are mined among the positives.
+    """Reads triplets, one at a time, one for each positive; where no row has negatives, they are mined among the
+    positives.
+
+    Rows may have fewer than `num_negatives` negatives; how many are missing is logged once.
 
     Raises:
-        ValueError: a row lacks a field, has an empty text, or has fewer than `num_negatives` negatives where rows have
-            any; file and line are named.
+        ValueError: a row lacks a field or has it twice, has an empty text, or another number of scores than texts;
+            file and line are named.
     """
-    rows, have_negatives = 0, False
-    for _, row in read_table(source):
-        rows, have_negatives = rows + 1, have_negatives or bool(row.get("negatives"))
-    chosen = None if source.samples is None else set(sample(list(range(rows)), source.samples, seed))
-    records = (
-        _triplet(name, row, num_negatives if have_negatives else 0)
-        for position, (name, row) in enumerate(read_table(source, ("query", "positive")))
-        if chosen is None or position in chosen
-    )
+    count, have_negatives = survey(source)
+    chosen = None if source.samples is None else set(sample(list(range(count)), source.samples, seed))
+    triplets = (triplet for name, row in read_table(source) for triplet in triplets_of(name, row))
+    records = (triplet for position, triplet in enumerate(triplets) if chosen is None or position in chosen)
     if have_negatives:
-        yield from records
+        yield from counted(records, source.path, num_negatives)
     else:
         mined = list(records)
         yield from add_negatives(mined, [record["positive"] for record in mined], num_negatives, seed)
 
 
-def _triplet(name: str, row: dict, num_negatives: int) -> dict:
-    negatives = row.get("negatives") or []
-    if not isinstance(negatives, list):
-        raise ValueError(f'{name}: "negatives" is {negatives!r}, not a list of strings')
-    for position, negative in enumerate(negatives):
-        text_of({f"negatives[{position}]": negative}, f"negatives[{position}]", name)
-    if len(negatives) < num_negatives:
-        raise ValueError(
-            f"{name}: {len(negatives)} negatives and num_negatives is {num_negatives}; lower it to the fewest that a "
-            "row has, or give the row more"
+def survey(source: "DatasetSource") -> tuple[int, bool]:
+    """How many triplets the rows make, and whether any row has negatives; warns of columns that hold unread texts."""
+    count, have_negatives, unread = 0, False, set()
+    for _, row in read_table(source):
+        positives = next((row[column] for column in POSITIVE if row.get(column) is not None), None)
+        count += len(positives) if isinstance(positives, list) else 1
+        have_negatives = have_negatives or any(row[column] for column in _negative_columns(row))
+        unread |= {column for column in row.keys() - KNOWN - unread if _looks_like_text(column, row[column])}
+    if unread:
+        names = ", ".join(f'"{column}"' for column in sorted(unread))
+        logger.warning(
+            f"{source.path}: {names} hold texts that are not read; columns that are: {', '.join(QUERY)}; "
+            f"{', '.join(POSITIVE)}; {', '.join(NEGATIVES)}, negative_<n>"
         )
-    if "negative" in row:
-        raise ValueError(f'{name}: "negative" is unknown; give a list of strings as "negatives"')
-    if not isinstance(row.get("symmetric", False), bool):
+    return count, have_negatives
+
+
+def counted(triplets: Iterator[dict], path: str, num_negatives: int) -> Iterator[dict]:
+    """The triplets; says at their end how many negatives they lack."""
+    rows = missing = ragged = 0
+    for triplet in triplets:
+        lacking = max(0, num_negatives - len(triplet["negatives"]))
+        rows, ragged, missing = rows + 1, ragged + (lacking > 0), missing + lacking
+        yield triplet
+    if missing:
+        logger.warning(
+            f"{path}: {ragged} of {rows} triplets have fewer than num_negatives = {num_negatives} negatives; "
+            f"{missing} of {rows * num_negatives} places stay empty"
+        )
+
+
+def triplets_of(name: str, row: Mapping) -> list[dict]:
+    """The triplets of one row, one for each of its positives.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    query = text_of(row, _column(row, QUERY, name), name)
+    column = _column(row, POSITIVE, name)
+    positives = _texts(row, column, name)
+    if not positives:
+        raise ValueError(f'{name}: "{column}" is an empty list; every triplet needs a positive')
+    negatives = [text for negative in _negative_columns(row) for text in _texts(row, negative, name)]
+    positive_scores, negative_scores = row.get("pos_scores"), row.get("neg_scores", row.get("negative_scores"))
+    if row.get("positive_score") is not None:
+        positive_scores = [row["positive_score"]]
+    described = {column: row[column] for column in ("symmetric", "dataset") if row.get(column) is not None}
+    for instruction in ("prompt", "instruction"):
+        if row.get(instruction) is not None:
+            described["instruction"] = row[instruction]
+            if not isinstance(row[instruction], str):
+                raise ValueError(f'{name}: "{instruction}" is {row[instruction]!r}, not a string')
+    if not isinstance(described.get("symmetric", False), bool):
         raise ValueError(f'{name}: "symmetric" is {row["symmetric"]!r}, not true or false')
-    if not isinstance(row.get("instruction", ""), str):
-        raise ValueError(f'{name}: "instruction" is {row["instruction"]!r}, not a string')
-    described = {column: row[column] for column in ("instruction", "symmetric", "dataset") if column in row}
-    return {
-        **described,
-        "query": text_of(row, "query", name),
-        "positive": text_of(row, "positive", name),
-        "negatives": negatives,
-    }
+    if negative_scores is not None:
+        described["negative_scores"] = _scores(negative_scores, negatives, "negatives", name)
+    if positive_scores is not None:
+        positive_scores = _scores(positive_scores, positives, "positives", name)
+    return [
+        {**described, "query": query, "positive": positive, "negatives": negatives}
+        | ({} if positive_scores is None else {"positive_score": positive_scores[position]})
+        for position, positive in enumerate(positives)
+    ]
+
+
+def _column(row: Mapping, names: tuple[str, ...], name: str) -> str:
+    found = [column for column in names if row.get(column) is not None]
+    if len(found) > 1:
+        raise ValueError(f'{name}: "{found[0]}" and "{found[1]}" are both there; keep the one that is meant')
+    if not found:
+        raise ValueError(f'{name}: "{names[0]}" is missing; found {sorted(row)}')
+    return found[0]
+
+
+def _negative_columns(row: Mapping) -> list[str]:
+    numbered = (column for column in row if NUMBERED_NEGATIVE.fullmatch(column))
+    columns = [*NEGATIVES, *sorted(numbered, key=lambda column: int(column.rsplit("_", 1)[1]))]
+    # Tables give the rows that lack one an empty cell.
+    return [column for column in columns if row.get(column) not in (None, "", [])]
+
+
+def _texts(row: Mapping, column: str, name: str) -> list[str]:
+    """The texts of a column that holds one, or a list of them, or of passages with title and text."""
+    value = row[column]
+    if not isinstance(value, list):
+        if column in LISTS:
+            raise ValueError(f'{name}: "{column}" is {value!r}, not a list of strings')
+        return [text_of(row, column, name)]
+    texts = []
+    for position, item in enumerate(value):
+        cell = f"{column}[{position}]"
+        if isinstance(item, Mapping):
+            for part in ("text", "title"):
+                if not isinstance(item.get(part) or "", str) or (part == "text" and "text" not in item):
+                    raise ValueError(f'{name}: "{cell}" is {item!r}; a passage has a "text", and maybe a "title"')
+            item = document_text({"title": item.get("title"), "text": item["text"] or ""})
+        texts.append(text_of({cell: item}, cell, name))
+    return texts
+
+
+def _scores(scores, texts: list[str], what: str, name: str) -> list[float]:
+    numbers = isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores)
+    if not numbers or len(scores) != len(texts):
+        raise ValueError(f"{name}: the scores of the {what} are {scores!r}; {len(texts)} numbers are needed")
+    return [float(score) for score in scores]
+
+
+def _looks_like_text(column: str, value) -> bool:
+    if NUMBERED_NEGATIVE.fullmatch(column):
+        return False
+    if isinstance(value, str):
+        return not value.isascii() or any(character.isspace() for character in value.strip())
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, list) and any(_looks_like_text("", item) for item in value)

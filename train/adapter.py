@@ -1,0 +1,168 @@
+"""LoRA on the decoder: adding it, and merging it into weights that need no peft to load."""
+
+import copy
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
+from trl import get_peft_config
+
+from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files, save_tokenizer
+from nvembed.train.arguments import ModelArguments
+
+
+POOLING = "latent_attention_model"
+
+
+def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
+    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
+
+    Raises:
+        ValueError: the latent attention is folded, quantized weights would be trained themselves, or a list of modules
+            does not fit the model (see `resolve_modules`).
+    """
+    if model.config.latent_attention_is_folded:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has a folded latent attention, which is for evaluation alone; train the "
+            "unfolded checkpoint that it was made from"
+        )
+    config = get_peft_config(model_args)
+    if config is None and is_quantized(model):
+        raise ValueError(
+            "quantized weights cannot be trained: drop load_in_4bit and load_in_8bit, or set use_peft: true"
+        )
+    if config is None:
+        return model.float()  # as below: full fine-tuning in bf16 would lose small updates
+    resolve_modules(model, config)
+    model.latent_attention_model.float()  # bf16 weights would lose updates of the size of the paper's learning rate
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    return adapted
+
+
+def resolve_modules(model: NVEmbedModel, config: LoraConfig) -> None:
+    """Checks `lora_modules_to_save` and `lora_target_modules` against the model, and puts full names into the former.
+
+    peft itself passes over a name that matches nothing, and takes every module whose name ends in these letters.
+
+    Raises:
+        ValueError: a name matches no module, or one without weights; a module trained in full lies within another, or
+            holds all that a target matches.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    in_full: dict[str, str] = {}  # name of a module -> how it was asked for
+    for asked in config.modules_to_save or ():
+        found = _matching(modules, asked)
+        if asked == POOLING and not any(True for _ in model.latent_attention_model.parameters()):
+            continue  # mean and eos pooling have nothing to train
+        if not found:
+            raise ValueError(f"lora_modules_to_save: no module is called {asked!r}{_similar(modules, asked)}")
+        for name in found:
+            if not any(True for _ in modules[name].parameters()):
+                raise ValueError(f"lora_modules_to_save: {name} has no weights to train; leave {asked!r} out")
+        in_full |= dict.fromkeys(found, asked)
+    for name, asked in in_full.items():
+        around = next((other for other in in_full if name.startswith(f"{other}.")), None)
+        if around is not None:
+            raise ValueError(
+                f"lora_modules_to_save: {asked!r} is {name}, among others, which lies within {around} and is trained "
+                f"with it; leave {asked!r} out, or name the ones that you mean in full, such as "
+                f"{next((other for other in _matching(modules, asked) if not other.startswith(around)), around)}"
+            )
+    config.modules_to_save = list(in_full) or None
+
+    targets = config.target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        config.target_modules = targets = {targets}  # TRL makes a pattern of a single name
+    if isinstance(targets, str):
+        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name in modules):
+            raise ValueError(f"lora_target_modules: the pattern {targets!r} matches no module")
+        return
+    for asked in sorted(targets or ()):
+        found = _matching(modules, asked)
+        if not found:
+            raise ValueError(f"lora_target_modules: no module is called {asked!r}{_similar(modules, asked)}")
+        if all(any(f"{name}.".startswith(f"{other}.") for other in in_full) for name in found):
+            raise ValueError(
+                f"lora_target_modules: {asked!r} is {found[0]}, which lora_modules_to_save trains in full; name it in "
+                "one of the two lists"
+            )
+
+
+def _matching(modules: dict, asked: str) -> list[str]:
+    return [name for name in modules if f".{name}".endswith(f".{asked}")]
+
+
+def _similar(modules: dict, asked: str) -> str:
+    names = {name.rsplit(".", 1)[-1] for name in modules} - {str(i) for i in range(len(modules))}
+    close = get_close_matches(asked, names, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(sorted(names))}"
+
+
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Saves an adapter with all but the base's weights, so that `AutoModel` and `SentenceTransformer` open it."""
+    base = model.get_base_model()
+    model.save_pretrained(folder)
+    save_tokenizer(base.tokenizer, str(folder))
+    save_sentence_transformers_files(base.config, str(folder))
+    custom_object_save(base, str(folder))
+
+
+def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
+    """Whether bitsandbytes holds the decoder's matrices in 8 or 4 bit."""
+    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+
+
+def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
+    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load.
+
+    Into a quantized base, LoRA was trained to make up for its rounding, so it is added to what those numbers stand for,
+    not to the weights that they were rounded from, and the sum is not rounded to 8 or 4 bit again.
+    """
+    dtype = decoder_dtype(model)
+    if is_quantized(model):
+        model = with_weights(model, dequantized_weights(model))
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return model.to(dtype)
+
+
+def decoder_dtype(model: NVEmbedModel | PeftModel) -> torch.dtype:
+    """The dtype of the norms as loaded; an adapter may train a copy of them in fp32."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    norm = base.embedding_model.norm
+    return getattr(norm, "original_module", norm).weight.dtype
+
+
+def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
+    """The weights, matrices of 8 or 4 bit multiplied out to the dtype of the norms, in main memory."""
+    state = model.state_dict()  # not the parameters: bitsandbytes rearranges 4 bit on a CPU, and undoes it in here
+    weights = {name: state[name].cpu() for name, _ in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+            matrix = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()
+            weights[f"{name}.weight"] = matrix.to("cpu", decoder_dtype(model))
+    return weights
+
+
+def with_weights(model: NVEmbedModel | PeftModel, weights: dict[str, Tensor]) -> NVEmbedModel | PeftModel:
+    """The same model and adapter around other weights; `model` itself, whose own are shards, stays as it is."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        whole = NVEmbedModel(config)
+        if isinstance(model, PeftModel):
+            whole = get_peft_model(whole, model.peft_config[model.active_adapter])
+    whole.load_state_dict(weights, assign=True)
+    (whole.get_base_model() if isinstance(whole, PeftModel) else whole).tokenizer = base.tokenizer
+    return whole

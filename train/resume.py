@@ -1,0 +1,227 @@
+"""Resuming a training: which checkpoint, whether its weights belong to this run, and which settings may differ.
+
+A setting that differs from those of the checkpoint is either applied from there on, which the log and the model card
+say, or refused, because what the checkpoint holds was made with the earlier one. None is ignored.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import get_logger
+
+from nvembed.modeling_nvembed import NVEmbedModel
+
+
+logger = get_logger(__name__)
+
+SETTINGS_FILE = "settings.json"  # within a training checkpoint
+
+OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
+# What may change at a resume: the run goes on with the new value.
+APPLIED = (
+    *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
+    "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
+    "processes",
+)  # fmt: skip
+# What may not, and why.
+REFUSED = {
+    "optim": "the checkpoint has the states of that optimizer",
+    "optim_args": "the checkpoint has the states of that optimizer",
+    "batch_size": "the place in the data is counted in batches",
+    "num_negatives": "the triplets were made with it",
+    "seed": "the order of the data follows from it",
+    "data_seed": "the order of the data follows from it",
+    "dtype": "the weights were trained on a base of that dtype",
+} | dict.fromkeys(
+    (
+        "use_peft", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules", "lora_target_parameters",
+        "lora_modules_to_save", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+    ),
+    "the adapter in the checkpoint was trained with it",
+)  # fmt: skip
+# Schedules that keep their rate in a state of their own, which cannot be moved to another base.
+STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
+    """The training checkpoint to go on from: the one named, or, for true, the last in `output_dir`; None for none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
+        return None
+    if str(resume_from_checkpoint).lower() == "true":  # as text from the command line, as a bool from a recipe
+        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if found is None:
+            raise FileNotFoundError(
+                f"{output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start anew"
+            )
+        return found
+    if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is no training checkpoint: no {TRAINER_STATE_NAME}"
+        )
+    return str(resume_from_checkpoint)
+
+
+def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
+    """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
+
+    Weights in shards, in a checkpoint of FSDP or a model of ZeRO-3, are not looked into.
+
+    Raises:
+        ValueError: the checkpoint is of another base, of another adapter, or of an adapter where all weights are
+            trained, or the other way round.
+    """
+    adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
+    adapted = isinstance(model, PeftModel)
+    if adapter.is_file() != adapted and (adapter.is_file() or whole):
+        kinds = ("an adapter", "all weights")
+        there, here = kinds if adapter.is_file() else kinds[::-1]
+        raise ValueError(
+            f"{checkpoint} holds {there} and this run trains {here}: set use_peft: {str(not adapted).lower()}"
+        )
+    weights = get_peft_model_state_dict(model) if adapted else model.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in weights.items()}
+    found = {}
+    for path in [adapter] if adapter.is_file() else whole:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+    if not found:
+        return
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint} does not belong to this model and adapter: {name} is {found.get(name, 'absent')} there and "
+            f"{expected.get(name, 'absent')} here; give the model_name_or_path and LoRA settings it was trained with"
+        )
+
+
+class RunRecord:
+    """The settings that a run has had, and from which step on; kept in each of its checkpoints.
+
+    Args:
+        settings: those of `APPLIED` and `REFUSED` now, name -> value.
+        base: `digest_weights` of the model that training starts from; None: not compared.
+        periods: (first step, settings) of the checkpoint that is resumed, in their order; empty at the start.
+    """
+
+    def __init__(self, settings: Mapping, base: str | None, periods: Sequence[tuple[int, Mapping]] = ()):
+        self.base = base
+        self.periods = [*periods] or [(0, dict(settings))]
+
+    def save(self, checkpoint: Path) -> None:
+        content = {"base": self.base, "periods": [{"from_step": step, "settings": s} for step, s in self.periods]}
+        (checkpoint / SETTINGS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+    def history(self, name: str) -> list[tuple[int, object]]:
+        """The values of one setting, each with its first step; one alone if it never changed."""
+        values: list[tuple[int, object]] = []
+        for step, settings in self.periods:
+            if not values or settings.get(name) != values[-1][1]:
+                values.append((step, settings.get(name)))
+        return values
+
+
+def resume_record(checkpoint: str, settings: Mapping, base: str | None, is_deepspeed: bool = False) -> RunRecord:
+    """The record of the run that is resumed, with the settings from here on; changes are logged.
+
+    Raises:
+        ValueError: a setting that may not change has changed, or the base's weights; the run was done already.
+    """
+    step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+    if 0 < settings["max_steps"] < step:
+        raise ValueError(f"{checkpoint} is at step {step} and max_steps is {settings['max_steps']}; raise it to go on")
+    file = Path(checkpoint, SETTINGS_FILE)
+    if not file.is_file():
+        logger.warning(
+            f"{checkpoint} does not say which settings it was trained with (an earlier nvembed wrote it), so a change "
+            "of them is not noticed; optimizer and schedule have those of this run from here on"
+        )
+        return RunRecord(settings, base)
+    content = json.loads(file.read_text())
+    periods = [(period["from_step"], period["settings"]) for period in content["periods"]]
+    before = periods[-1][1]
+    if None not in (base, content["base"]) and base != content["base"]:
+        raise ValueError(
+            f"{checkpoint} was trained on another base: the weights of model_name_or_path are not those that it began "
+            "with; give that base, or name another --output_dir"
+        )
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    for name in changed:
+        reason = REFUSED.get(name)
+        if name in (*OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS):
+            if is_deepspeed:
+                reason = "DeepSpeed restores its optimizer and schedule as they were"
+            elif {settings["lr_scheduler_type"], before.get("lr_scheduler_type")} & set(STATEFUL_SCHEDULES):
+                reason = "this schedule restores its rate as it was"
+        if reason is not None:
+            raise ValueError(
+                f"{name} was {before.get(name)!r} until {Path(checkpoint).name} and is {settings[name]!r}: {reason}; "
+                "give what it began with, or name another --output_dir and start from the checkpoint it began with"
+            )
+    for name in changed:
+        logger.warning(f"From step {step} on, {name} is {settings[name]!r}; it was {before.get(name)!r}.")
+    return RunRecord(settings, base, [*periods, (step, dict(settings))] if changed else periods)
+
+
+def digest_weights(model: nn.Module) -> str | None:
+    """A digest of each weight's name, shape and first numbers: enough to tell trained models of one shape apart.
+
+    None where the weights are sharded or not there, and cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or hasattr(tensor, "ds_id"):
+            return None
+        numbers = tensor.detach().flatten()[:64].float().cpu()
+        digest.update(f"{name} {list(tensor.shape)}".encode() + numbers.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class FreshSettings:
+    """The settings of an optimizer and its schedule, to be given back to them after their states were loaded.
+
+    Optimizers and schedules restore learning rate, weight decay and the like with their states, so that what a user
+    asked for at the resume would have no effect.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler):
+        left_out = ("params", "lr")
+        self.groups = [{k: v for k, v in group.items() if k not in left_out} for group in optimizer.param_groups]
+        self.base_rates = list(getattr(_inner(scheduler), "base_lrs", ()))
+
+    def give_back(self, optimizer: Optimizer, scheduler) -> None:
+        scheduler = _inner(scheduler)
+        for group, fresh in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(fresh)
+        if not isinstance(scheduler, LambdaLR):
+            return
+        scheduler.base_lrs = self.base_rates
+        rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(self.base_rates, scheduler.lr_lambdas)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def _inner(scheduler):
+    return getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
