@@ -169,30 +169,51 @@ def test_packed_training_gives_the_padded_gradients(model, sentences):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_variable_length_kernel_gets_what_it_needs(monkeypatch):
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        frozenset({"is_causal"}),  # torch 2.10
+        frozenset({"window_size", "enable_gqa"}),  # torch 2.13
+        frozenset({"causal", "window_size", "dropout_p"}),  # flash-attn
+        frozenset(),
+    ],
+)
+def test_variable_length_kernel_gets_what_it_needs(monkeypatch, parameters):
     """The CUDA kernel's arguments, by a stand-in that computes from them alone, one text at a time."""
     calls = []
 
-    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k):
+    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, **options):
         calls.append(ends_q)
+        assert options.keys() <= parameters
         assert ends_q.dtype == torch.int32
         assert ends_q.equal(ends_k)
         assert longest_q == longest_k == int(ends_q.diff().max())
+        is_grouped = options.get("enable_gqa", "causal" in parameters)
+        assert is_grouped or k.shape == q.shape
+        is_causal = bool(options.get("causal") or options.get("is_causal") or options.get("window_size") == (-1, 0))
         texts = zip(*(x.split(ends_q.diff().tolist()) for x in (q, k, v)))
-        rows = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in text)) for text in texts]
+        rows = [
+            F.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in text), is_causal=is_causal, enable_gqa=k.shape != q.shape
+            )
+            for text in texts
+        ]
         return torch.cat([row.transpose(0, 1) for row in rows])
 
-    q, k, v = torch.randn(3, 14, 2, 8)
-    texts = PackedTexts([6, 4, 4])
-    expected, causal = texts.attend(q, k, v), texts.attend(q, k, v, is_causal=True)
+    q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
+    layout = PackedTexts([6, 4, 4])
+    expected, causal = layout.attend(q, k, v), layout.attend(q, k, v, is_causal=True)
     monkeypatch.setattr(modeling_nvembed, "varlen_attn", kernel)
-    monkeypatch.setattr(modeling_nvembed, "has_varlen_kernel", lambda q: True)
-    torch.testing.assert_close(texts.attend(q, k, v), expected)
-    torch.testing.assert_close(texts.attend(q, k, v), expected)
+    monkeypatch.setattr(modeling_nvembed, "VARLEN_OPTIONS", parameters)
+    monkeypatch.setattr(
+        modeling_nvembed, "has_varlen_kernel", lambda q, is_causal: not is_causal or bool(parameters - {"enable_gqa"})
+    )
+    torch.testing.assert_close(layout.attend(q, k, v), expected)
+    torch.testing.assert_close(layout.attend(q, k, v), expected)
     assert len(calls) == 2
     assert calls[0] is calls[1], "the ends are made once for all layers"
-    torch.testing.assert_close(texts.attend(q, k, v, is_causal=True), causal)
-    assert len(calls) == 2, "it has no causal mask"
+    torch.testing.assert_close(layout.attend(q, k, v, is_causal=True), causal)
+    assert len(calls) == 2 + bool(parameters - {"enable_gqa"}), "a kernel that has a causal mask is told of it"
 
 
 def test_one_long_text_among_short_ones_costs_its_own_tokens(model):

@@ -4,9 +4,10 @@ import json
 import os
 
 import pytest
+from datasets import Dataset
 
-from nvembed.train.arguments import Stage1Arguments
-from nvembed.train.data.registry import DatasetSource, account, check_sources, load_blend, load_triplets
+from nvembed.train.arguments import Stage1Arguments, Stage2Arguments
+from nvembed.train.data.registry import DatasetSource, account, check_sources, load_blend, load_triplets, read_triplets
 
 
 def write_jsonl(path, rows):
@@ -107,6 +108,54 @@ def test_ready_triplets_keep_their_negatives_and_instruction(tmp_path):
     assert (first["instruction"], first["symmetric"]) == ("Recipe's", False)
 
 
+LAYOUTS = {
+    "sentence-transformers": [{"anchor": "q", "positive": "p", "negative_2": "n2", "negative_10": "n10"}],
+    "sentence-transformers, one": [{"query": "q", "positive": "p", "negative": "n2"}],
+    "FlagEmbedding": [
+        {"query": "q", "pos": ["p", "p2"], "neg": ["n2", "n10"], "pos_scores": [0.9, 0.8], "neg_scores": [0.5, 0.4],
+         "prompt": "Find it"}
+    ],
+    "tevatron": [
+        {"query_id": "7", "query": "q", "positive_passages": [{"docid": "1", "title": "Title", "text": "p"}],
+         "negative_passages": [{"docid": "2", "title": "", "text": "n2"}, {"docid": "3", "text": "n10"}]}
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_people_come_with_are_read_as_they_are(tmp_path, layout, as_table, caplog):
+    path = write_jsonl(tmp_path / "train.jsonl", LAYOUTS[layout])
+    if as_table:
+        path = str(tmp_path / "train.parquet")
+        Dataset.from_list(LAYOUTS[layout]).to_parquet(path)
+    triplets = load_triplets([DatasetSource(path)], num_negatives=1).to_list()
+    assert not caplog.records
+    negatives = ["n2"] if layout == "sentence-transformers, one" else ["n2", "n10"]
+    positives = {"FlagEmbedding": ["p", "p2"], "tevatron": ["Title p"]}.get(layout, ["p"])
+    assert [(row["query"], row["positive"], row["negatives"]) for row in triplets] == [
+        ("q", positive, negatives) for positive in positives
+    ]
+    if layout == "FlagEmbedding":
+        assert [row["positive_score"] for row in triplets] == [0.9, 0.8]
+        assert [row["negative_scores"] for row in triplets] == [[0.5, 0.4]] * 2
+        assert {row["instruction"] for row in triplets} == {"Find it"}
+    else:
+        assert triplets[0]["positive_score"] is triplets[0]["negative_scores"] is None
+
+
+def test_samples_count_triplets_and_unread_texts_are_named(tmp_path, caplog):
+    rows = [
+        {"query": f"q{i}", "pos": [f"p{i}", f"o{i}"], "neg": ["n"], "hard_neg": "a text of words", "id": "x1"}
+        for i in range(4)
+    ]
+    triplets = load_triplets([DatasetSource(write_jsonl(tmp_path / "t.jsonl", rows), samples=5)], 1)
+    assert len(triplets) == 5
+    (message,) = [record.message for record in caplog.records]
+    assert '"hard_neg" hold texts that are not read' in message
+    assert '"id"' not in message
+
+
 def test_triplets_without_negatives_get_mined_ones(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"query": f"word{i} up", "positive": f"word{i} down"} for i in range(5)])
     for row in load_triplets([DatasetSource(path)], num_negatives=2):
@@ -179,7 +228,18 @@ def test_samples_are_a_fixed_choice(labelled):
         (['{"query": "q", "positive": "p", "negatives": "n"}'], r"bad.jsonl:1: \"negatives\" is 'n', not a list"),
         (['{"query": "q", "positive": "p", "negatives": ["n", ""]}'], r'bad.jsonl:1: "negatives\[1\]" is empty'),
         (['{"query": "q"}'], r'bad.jsonl:1: "positive" is missing'),
-        (['{"query": "q", "positive": "p", "negative": "n"}'], r'bad.jsonl:1: "negative" is unknown'),
+        (['{"query": "q", "anchor": "a", "positive": "p"}'], r'bad.jsonl:1: "query" and "anchor" are both there'),
+        (['{"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]}'], r"bad.jsonl:1: the scores of the neg"),
+        (['{"query": "q", "pos": []}'], r'bad.jsonl:1: "pos" is an empty list'),
+        (['{"query": "q", "pos": "p"}'], r"bad.jsonl:1: \"pos\" is 'p', not a list"),
+        (
+            ['{"query": "q", "positive": "p", "negatives": ["n", "\\ud83d"]}'],
+            r'bad.jsonl:1: "negatives\[1\]" holds half',
+        ),
+        (['{"query": "q", "positive": "a\\u0000b"}'], r'bad.jsonl:1: "positive" holds a NUL character at position 1'),
+        (['{"text": "\\ud83d", "label": "a"}'], r'bad.jsonl:1: "text" holds half of a surrogate pair'),
+        (['{"text": "t", "label": "\\ud83d"}'], r'bad.jsonl:1: "label" holds half of a surrogate pair'),
+        (['{"sentence1": "a\\u0000", "sentence2": "b", "score": 5}'], r'bad.jsonl:1: "sentence1" holds a NUL'),
         (['{"query": "q", "positive": "p", "symmetric": "false"}'], r"bad.jsonl:1: \"symmetric\" is 'false'"),
         (['{"query": "q", "positive": "p", "instruction": 5}'], r'bad.jsonl:1: "instruction" is 5'),
         (['{"sentence1": "a", "sentence2": "b", "score": "high"}'], r"bad.jsonl:1: \"score\" is 'high'"),
@@ -217,11 +277,18 @@ def test_bad_sources_are_named(tmp_path, beir):
         load_triplets([DatasetSource(one)], 1)
 
 
-def test_too_few_negatives_and_no_instruction_are_errors(tmp_path):
+def test_ragged_rows_train_and_what_is_missing_is_said_once(tmp_path, caplog):
+    rows = [{"query": "q", "positive": "p", "negatives": ["n", "m"]}, {"query": "r", "positive": "s"}] * 3
+    source = DatasetSource(write_jsonl(tmp_path / "mine.jsonl", rows))
+    triplets = load_triplets([source], num_negatives=2)
+    assert [len(row) for row in triplets["negatives"]] == [2, 0] * 3
+    (message,) = [record.message for record in caplog.records]
+    assert "3 of 6 triplets have fewer than num_negatives = 2 negatives; 6 of 12 places stay empty" in message
+
+
+def test_no_instruction_is_an_error(tmp_path):
     rows = [{"query": "q", "positive": "p", "negatives": ["n", "m"]}, {"query": "r", "positive": "s"}]
     source = DatasetSource(write_jsonl(tmp_path / "mine.jsonl", rows))
-    with pytest.raises(ValueError, match=r"mine.jsonl:2: 0 negatives and num_negatives is 2; lower it"):
-        load_triplets([source], num_negatives=2)
     with pytest.raises(ValueError, match=r"mine.jsonl has no instruction, .*set `instruction:` in its entry"):
         load_triplets([source], num_negatives=0, instruction=None)
     assert load_triplets([DatasetSource(source.path, instruction="")], 0, instruction=None)[0]["instruction"] == ""
@@ -278,6 +345,23 @@ def test_files_of_the_kind_that_is_read_are_compared(tmp_path, beir):
     assert account(DatasetSource(str(beir), kind="triplets"))["files"].keys() == {"train.jsonl"}
     assert account(DatasetSource(str(beir)))["files"].keys() == {"corpus.jsonl", "queries.jsonl", "train.tsv"}
     assert account(DatasetSource("org/name"))["path"] == "org/name"
+
+
+def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
+    same = write_jsonl(tmp_path / "same.jsonl", [{"query": "q", "positive": "p"}] * 8)  # nothing to mine
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4}
+    sources = [DatasetSource(same, instruction="")]
+    words = r"same.jsonl: none of its 8 triplets has a negative, .* nothing would be learned"
+    with pytest.raises(ValueError, match=words):
+        load_blend(Stage2Arguments(**options), sources, 2)
+    with pytest.raises(ValueError, match=words):
+        load_blend(Stage1Arguments(**(options | {"per_device_train_batch_size": 1})), sources, 2)
+    assert len(load_blend(Stage1Arguments(**(options | {"max_steps": 2})), sources, 2)) == 8, "in-batch negatives"
+
+
+def test_a_table_on_another_machines_disk_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"000.arrow is absent on .* must be on a disk that all machines share"):
+        read_triplets(tmp_path / "triplets" / "000.arrow")
 
 
 def by_texts(triplet: dict) -> list:
