@@ -23,7 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from nvembed.eval.instructions import TaskInstruction
 from nvembed.eval.processes import Embed
-from nvembed.modeling_nvembed import NVEmbedModel, format_instruction
+from nvembed.modeling_nvembed import NVEmbedModel, find_base_of_adapter, format_instruction
 
 
 MAX_LENGTH = 512  # tokens of a text with its instruction (paper section 5.1)
@@ -179,6 +179,10 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
         raise ValueError(f"--model {model!r}: there is no such folder")
     quiet = {"_raise_exceptions_for_missing_entries": False}
     try:
+        if (base := find_base_of_adapter(model, revision=revision)) is not None:
+            config, _ = find_config(base, None)
+            file = cached_file(model, "adapter_config.json", revision=revision, **quiet)
+            return config, extract_commit_hash(file, None)
         for file in ("config.json", "modules.json"):
             found = cached_file(model, file, revision=revision, **quiet)
             if found is not None:
@@ -194,14 +198,19 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules, code."""
+    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules, code; of an
+    adapter, those of a local base, too."""
     folders = [folder]
     if (folder / "modules.json").is_file():
         modules = json.loads((folder / "modules.json").read_text())
         folders += [folder / module["path"] for module in modules if module["path"]]
     files = (path for place in folders for path in place.glob("*"))  # a Normalize module has no folder
     suffixes = (".safetensors", ".bin", ".json", ".txt", ".model", ".py")
-    return digest_files(folder, (path for path in files if path.suffix in suffixes))
+    digest = digest_files(folder, (path for path in files if path.suffix in suffixes))
+    base = find_base_of_adapter(str(folder))
+    if base is None or not Path(base).is_dir():
+        return digest
+    return hashlib.sha256(f"{digest} {fingerprint(Path(base))}".encode()).hexdigest()[:16]
 
 
 def digest_files(folder: Path, paths: Iterable[Path]) -> str:
