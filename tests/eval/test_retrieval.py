@@ -27,7 +27,11 @@ def test_beir_folder(beir):
         ("qrels/test.tsv", "q1\td1\tinf\n", r"test.tsv:1: .* is not query-id, corpus-id, score .a whole number"),
         ("qrels/test.tsv", "q1\td1\t0.5\n", r"test.tsv:1: .*'0.5'. is not query-id, corpus-id, score"),
         ("qrels/test.tsv", "q1\td1\tgood\n", r"test.tsv:1: \['q1', 'd1', 'good'\] is not query-id, corpus-id, score"),
-        ("corpus.jsonl", '{"_id": "d1", "text": null}\n', r'corpus.jsonl:1: "text" is None of type NoneType, not a string'),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "text": null}\n',
+            r'corpus.jsonl:1: "text" is None of type NoneType, not a string',
+        ),
         (
             "corpus.jsonl",
             '{"_id": 1, "text": "a"}\n{"_id": 1, "text": "b"}\n',
