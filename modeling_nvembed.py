@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import ModelOutput, find_adapter_config_file, is_peft_available, logging
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import ModelOutput, cached_file, find_adapter_config_file, is_peft_available, logging
 from transformers.utils.logging import tqdm
 
 from .configuration_nvembed import BidirectionalMistralConfig, LatentAttentionConfig, NVEmbedConfig
@@ -37,6 +39,7 @@ except ImportError:
         from flash_attn import flash_attn_varlen_func as varlen_attn
     except ImportError:
         varlen_attn = None
+IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 logger = logging.get_logger(__name__)
@@ -990,7 +993,9 @@ class NVEmbedModel(PreTrainedModel):
             source = str(Path(source, kwargs.pop("subfolder")))
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
-        adapter, base_options = None, hub_options
+        adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has found the base by itself
+        base_options = hub_options
         if (base := find_base_of_adapter(source, **hub_options)) is not None:
             if not is_peft_available():
                 raise ValueError(f"{source} is an adapter of {base}; loading it needs peft: pip install peft")
@@ -998,7 +1003,7 @@ class NVEmbedModel(PreTrainedModel):
             # Revision and subfolder are the adapter's; where its base lies is all that it says of that.
             own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
             base_options = {name: value for name, value in hub_options.items() if name not in own}
-            kwargs["adapter_kwargs"] = (kwargs.get("adapter_kwargs") or {}) | own | {"_adapter_model_path": adapter}
+            adapter_options |= own
         saved, _ = NVEmbedConfig.get_config_dict(source, **base_options)
         if saved.get("model_type") != NVEmbedConfig.model_type:
             kind = f"is a {saved['model_type']!r} model" if "model_type" in saved else "has no config.json of a model"
@@ -1022,10 +1027,8 @@ class NVEmbedModel(PreTrainedModel):
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
         misshapen = () if may_differ else info["mismatched_keys"]
         check_tensors(adapter or source, info["missing_keys"], info["unexpected_keys"], misshapen)
-        if getattr(model, "peft_config", None):
-            # Trained in fp32 beside a decoder in bf16; peft casts what goes into LoRA, nobody what goes into this.
-            model.latent_attention_model.to(model.embedding_model.norm.weight.dtype)
-            model.eval()
+        if adapter is not None:
+            load_adapter(model, adapter, **(hub_options | adapter_options))
         model.tokenizer = tokenizer
         if fold_latent_attention:
             model.fold_latent_attention()
@@ -1132,6 +1135,40 @@ def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
     if not base:
         raise ValueError(f"{file} names no base_model_name_or_path; write the base's folder or Hub name there")
     return base
+
+
+def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
+    """Puts an adapter on its base by transformers' own integration of peft, modules trained in full included.
+
+    Raises:
+        ValueError: the adapter has no weights, or lacks one or has one too many for this base.
+    """
+    weights_file = cached_file(
+        adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_options
+    )
+    if weights_file is None:
+        raise ValueError(f"{adapter} has no adapter_model.safetensors; is the download whole?")
+    weights = load_state_dict(weights_file)
+    settings = json.loads(Path(find_adapter_config_file(adapter, **hub_options)).read_text())
+    in_full = settings.get("modules_to_save") or []
+    names = [name for name, _ in model.named_modules() if any(name.endswith(ending) for ending in in_full)]
+    if IS_TRANSFORMERS_5:  # 4 leaves this to peft
+        weights = {_name_in_wrapper(key, names): tensor for key, tensor in weights.items()}
+    info = model.load_adapter(adapter, adapter_state_dict=weights, adapter_kwargs=hub_options)
+    if info is not None:
+        check_tensors(adapter, info.missing_keys, info.unexpected_keys, info.mismatched_keys)
+    # Trained in fp32 beside a decoder in bf16; peft casts what goes into LoRA, nobody what goes into this.
+    model.latent_attention_model.to(model.embedding_model.embed_tokens.weight.dtype)
+    model.eval()
+
+
+def _name_in_wrapper(key: str, in_full: list[str]) -> str:
+    """The name of a weight in the copy of its module that peft trains."""
+    prefix = "base_model.model."
+    for name in in_full:
+        if key.startswith(f"{prefix}{name}."):
+            return f"{prefix}{name}.modules_to_save.default.{key.removeprefix(f'{prefix}{name}.')}"
+    return key
 
 
 def load_tokenizer(

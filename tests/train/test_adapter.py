@@ -106,7 +106,6 @@ def trained(checkpoint, tmp_path, sentences):
     return tmp_path / "adapter", model.eval().encode(sentences)
 
 
-@pytest.mark.xfail(reason="transformers does not map modules_to_save when it loads an adapter", strict=True)
 def test_an_adapter_opens_in_transformers_and_sentence_transformers(trained, checkpoint, sentences, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -124,7 +123,6 @@ def test_an_adapter_opens_in_transformers_and_sentence_transformers(trained, che
     torch.testing.assert_close(torch.as_tensor(again.encode(sentences)), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.xfail(reason="transformers does not map modules_to_save when it loads an adapter", strict=True)
 def test_an_adapter_made_by_sentence_transformers_opens(checkpoint, sentences, tmp_path):
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
@@ -141,7 +139,6 @@ def test_an_adapter_made_by_sentence_transformers_opens(checkpoint, sentences, t
         torch.testing.assert_close(torch.as_tensor(opened.encode(sentences)), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.xfail(reason="transformers does not map modules_to_save when it loads an adapter", strict=True)
 def test_an_adapter_on_a_decoder_in_bf16(checkpoint, sentences, tmp_path):
     base = NVEmbedModel.from_pretrained(checkpoint, dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
@@ -154,7 +151,6 @@ def test_an_adapter_on_a_decoder_in_bf16(checkpoint, sentences, tmp_path):
     assert torch.cosine_similarity(opened.encode(sentences), expected).min() > 0.99
 
 
-@pytest.mark.xfail(reason="transformers does not map modules_to_save when it loads an adapter", strict=True)
 def test_an_adapter_is_measured_with_its_base(trained, checkpoint, sentences):
     folder, expected = trained
     loaded = load_model(str(folder))
