@@ -216,6 +216,18 @@ def test_variable_length_kernel_gets_what_it_needs(monkeypatch, parameters):
     assert len(calls) == 2 + bool(parameters - {"enable_gqa"}), "a kernel that has a causal mask is told of it"
 
 
+def test_the_multi_gpu_lines_of_the_released_cards_name_the_way(model, sentences):
+    for name, module in model._modules.items():
+        model._modules[name] = torch.nn.DataParallel(module)
+    for call in (
+        lambda: model._do_encode(sentences, batch_size=2),
+        lambda: model.encode(sentences),
+        lambda: model(torch.ones(1, 3, dtype=torch.long)),
+    ):
+        with pytest.raises(RuntimeError, match=r"embedding_model is wrapped in torch.nn.DataParallel, .*device=\["):
+            call()
+
+
 def test_one_long_text_among_short_ones_costs_its_own_tokens(model):
     """Nothing is as large as the batch padded to its longest text would be, the pooling included."""
 

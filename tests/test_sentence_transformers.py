@@ -1,6 +1,11 @@
 """Checkpoints under sentence-transformers, mteb, LangChain and LlamaIndex: each gives what `encode` gives."""
 
+import copy
+import inspect
 import json
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from nvembed import NVEmbedModel
+from nvembed.modeling_nvembed import NVEmbedTransformer
 from nvembed.train.checkpoints import convert_released, paper_prompts
 
 
@@ -94,6 +100,96 @@ def test_saved_again(st_model, reference, sentences, tmp_path):
     plain = NVEmbedModel.from_pretrained(tmp_path / "again")
     assert_same(plain.encode(sentences), reference.encode(sentences))
     assert plain.config.prompts["mine"] == "Instruct: mine\nQuery: ", "and so it is written again"
+
+
+def test_what_our_code_saves_again_keeps_the_users_settings(st_model, tmp_path):
+    st_model.prompts["mine"] = "Instruct: mine\nQuery: "
+    st_model.default_prompt_name, st_model.similarity_fn_name = "mine", "dot"
+    st_model.save_pretrained(str(tmp_path / "theirs"))
+    NVEmbedModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    again = SentenceTransformer(str(tmp_path / "ours"), trust_remote_code=True, device="cpu")
+    assert (again.default_prompt_name, again.similarity_fn_name) == ("mine", "dot")
+    assert again.prompts["mine"] == "Instruct: mine\nQuery: "
+
+
+def test_a_model_put_together_by_hand_opens_without_nvembed(reference, sentences, tmp_path):
+    module = NVEmbedTransformer(NVEmbedModel.from_pretrained(reference.config._name_or_path))
+    SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(tmp_path / "saved"))
+    (entry,) = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    assert entry["type"] == "modeling_nvembed.NVEmbedTransformer"
+    script = f"""
+import sys, numpy
+sys.modules["nvembed"] = None
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer({str(tmp_path / "saved")!r}, trust_remote_code=True, device="cpu")
+numpy.save({str(tmp_path / "out.npy")!r}, model.encode({sentences!r}))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    assert_same(np.load(tmp_path / "out.npy"), reference.encode(sentences))
+
+
+def test_router(reference, st_checkpoint, sentences, tmp_path):
+    """The same module on both sides, and two different ones, with nvembed's class and with the checkpoint's own."""
+    from sentence_transformers.models import Router
+
+    ours = NVEmbedTransformer(NVEmbedModel.from_pretrained(st_checkpoint))
+    remote = SentenceTransformer(str(st_checkpoint), trust_remote_code=True, device="cpu")[0]
+    for name, query, document in (("shared", ours, ours), ("two", ours, remote)):
+        model = SentenceTransformer(modules=[Router.for_query_document([query], [document])], device="cpu")
+        model.save_pretrained(str(tmp_path / name))
+        again = SentenceTransformer(str(tmp_path / name), trust_remote_code=True, device="cpu")
+        assert_same(again.encode_query(sentences, prompt=NQ), reference.encode(sentences, NQ))
+        assert_same(again.encode_document(sentences), reference.encode(sentences))
+
+
+def test_module_survives_pickling_and_copies(st_model, reference, sentences):
+    for module in (pickle.loads(pickle.dumps(st_model[0])), copy.deepcopy(st_model[0])):
+        assert_same(SentenceTransformer(modules=[module], device="cpu").encode(sentences), reference.encode(sentences))
+
+
+def test_settings_that_have_no_effect_are_refused(st_checkpoint, reference, sentences):
+    options = {"trust_remote_code": True, "device": "cpu"}
+    # Not through SentenceTransformer: with another backend it asks for packages first.
+    with pytest.raises(ValueError, match="backend is 'onnx'; .* run in torch alone"):
+        NVEmbedTransformer.load(str(st_checkpoint), backend="onnx")
+    name = (
+        "processor_kwargs"
+        if "processor_kwargs" in inspect.signature(SentenceTransformer).parameters
+        else "tokenizer_kwargs"
+    )
+    with pytest.raises(ValueError, match="processor_kwargs has padding_side; "):
+        SentenceTransformer(str(st_checkpoint), **options, **{name: {"padding_side": "left"}})
+    short = SentenceTransformer(str(st_checkpoint), **options, **{name: {"model_max_length": 8}})
+    long = " ".join(sentences)
+    assert_same(short.encode([long]), reference.encode([long], max_length=8))
+
+
+def test_positions_are_one_limit_everywhere(st_checkpoint, sentences, tmp_path, caplog):
+    """A decoder of 32 positions reads 32 tokens, whatever `max_length` and `max_seq_length` say."""
+    few = NVEmbedModel.from_pretrained(st_checkpoint)
+    few.config.text_config.max_position_embeddings = 32
+    few.save_pretrained(tmp_path / "few")
+    few, long = NVEmbedModel.from_pretrained(tmp_path / "few"), " ".join(sentences)
+    assert few.encode(sentences[:1], max_length=64).shape == (1, 32)
+    assert not caplog.records
+    embeddings = few.encode([long, *sentences])
+    assert_same(embeddings, few.encode([long, *sentences], max_length=32))
+    few.encode([long])
+    (message,) = {record.message for record in caplog.records}
+    assert "longer than the decoder's 32 positions (max_position_embeddings) and is cut there" in message
+    theirs = SentenceTransformer(str(tmp_path / "few"), trust_remote_code=True, device="cpu")
+    theirs.max_seq_length = 4096
+    assert theirs.max_seq_length == 32
+    assert_same(theirs.encode([long, *sentences]), embeddings)
+    assert np.abs(embeddings - NVEmbedModel.from_pretrained(st_checkpoint).encode([long, *sentences])).max() > 1e-3
+
+
+def test_a_second_end_token_is_warned_of(st_model, reference, sentences, caplog):
+    st_model.encode(sentences)
+    assert not caplog.records
+    st_model.encode([sentences[0] + "</s>"])
+    (message,) = [record.message for record in caplog.records]
+    assert "A text ends in </s>, which is appended to every text already" in message
 
 
 def test_tokenize_with_a_prompt_length_as_before_5_4(st_model, reference, sentences):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from nvembed.modeling_nvembed import format_instruction
@@ -14,6 +15,13 @@ def triplet(query, positive, negatives, instruction="", symmetric=False):
         "symmetric": symmetric,
         "dataset": "test",
     }
+
+
+def test_more_tokens_than_the_decoder_has_positions_are_refused(model):
+    model.config.text_config.max_position_embeddings = 64
+    TripletCollator(model.tokenizer, model.config, max_length=64)
+    with pytest.raises(ValueError, match="max_length is 65 and the decoder has 64 positions .*; set max_length: 64 or"):
+        TripletCollator(model.tokenizer, model.config, max_length=65)
 
 
 def test_batch_embeds_as_encode_does(model, sentences):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import gguf
 import pytest
@@ -6,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, convert_released, write_checkpoint
 from nvembed.train.init_checkpoint import init_model, main
 
 
@@ -58,6 +59,54 @@ def test_other_layouts_are_refused(tmp_path, init_args, decoder_dir):
 
     with pytest.raises(ValueError, match="num_layers is 9; .* has layers 1 to 3"):
         init_model(init_args(num_layers=9))
+
+
+def with_added_tokens(decoder_dir, folder, **tokens) -> str:
+    shutil.copytree(decoder_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({name: token for name, token in tokens.items() if name == "pad_token"})
+    tokenizer.add_tokens([token for name, token in tokens.items() if name != "pad_token"])
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pad_token_outside_the_embedding_gives_way(tmp_path, init_args, decoder_dir, sentences):
+    from sentence_transformers import SentenceTransformer
+
+    base = with_added_tokens(decoder_dir, tmp_path / "padded", pad_token="[PAD]")
+    assert AutoTokenizer.from_pretrained(base).pad_token_id == 400, "no row of the table"
+    main(init_args(tmp_path / "out", base=base))
+    theirs = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    assert theirs.tokenizer.pad_token == "</s>"
+    texts = [*sentences, "a text with [PAD] in it"]
+    main(init_args(tmp_path / "plain"))
+    expected = NVEmbedModel.from_pretrained(tmp_path / "plain").encode(texts)
+    torch.testing.assert_close(torch.as_tensor(theirs.encode(texts)), expected, atol=1e-6, rtol=0)
+
+
+def test_other_tokens_outside_the_embedding_are_refused(tmp_path, init_args, decoder_dir):
+    base = with_added_tokens(decoder_dir, tmp_path / "more", pad_token="[PAD]", other="<tool>")
+    with pytest.raises(ValueError, match="more: 1 tokens of the tokenizer .* 400: the first is '<tool>', 400"):
+        main(init_args(tmp_path / "out", base=base))
+
+
+def test_a_base_with_a_scaled_rope(tmp_path, init_args, decoder_dir):
+    """Every Llama 3.1: made, loaded, saved, converted and loaded again, it computes what transformers computes."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    rope |= {"original_max_position_embeddings": 64}
+    reference = AutoModel.from_pretrained(decoder_dir, rope_parameters=rope)
+    reference.save_pretrained(tmp_path / "scaled")
+    AutoTokenizer.from_pretrained(decoder_dir).save_pretrained(tmp_path / "scaled")
+    main(init_args(tmp_path / "out", base=str(tmp_path / "scaled"), mask_type="c", num_layers=3))
+    convert_released(str(tmp_path / "out"), str(tmp_path / "converted"))
+    input_ids = torch.randint(2, 300, (2, 150), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(input_ids).last_hidden_state
+        unscaled = AutoModel.from_pretrained(decoder_dir)(input_ids).last_hidden_state
+        assert (expected - unscaled).abs().max() > 0.1
+        for folder in ("out", "converted"):
+            model = NVEmbedModel.from_pretrained(tmp_path / folder)
+            torch.testing.assert_close(model.embedding_model(input_ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_existing_checkpoint_is_left_alone(tmp_path, init_args):

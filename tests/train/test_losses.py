@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvembed.train.collator import text_id
-from nvembed.train.losses import NO_TEXT, info_nce
+from nvembed.train.losses import NO_TEXT, info_nce, is_negative
 
 
 TEMPERATURE = 0.05
@@ -124,6 +124,56 @@ def test_two_processes_equal_one(tmp_path, in_batch_negatives):
     for result in results:
         torch.testing.assert_close(result["weight"], encoder.weight.grad, atol=1e-6, rtol=0)
         torch.testing.assert_close(result["bias"], encoder.bias.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mask_equals_a_loop_over_texts_that_repeat(shared, processes):
+    """On random identities with many repeats; with two processes, the first one's rows against everybody's."""
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        rows, per_row = 9, 4
+        passage_ids = torch.randint(NO_TEXT, 12, (rows * processes, per_row), generator=generator)
+        passage_ids[:, 0] = passage_ids[:, 0].clamp(min=0)
+        all_query_ids = torch.randint(0, 6, (rows * processes,), generator=generator)
+        query_ids, all_positive_ids = all_query_ids[:rows], passage_ids[:, 0]
+        candidates = passage_ids.flatten()[None] if shared else passage_ids[:rows]
+        actual = is_negative(query_ids, candidates, all_query_ids, all_positive_ids)
+        expected = [
+            [
+                text != NO_TEXT
+                and text != query
+                and not any(q == query and p == text for q, p in zip(all_query_ids.tolist(), all_positive_ids.tolist()))
+                for text in (candidates[0] if shared else candidates[i]).tolist()
+            ]
+            for i, query in enumerate(query_ids.tolist())
+        ]
+        assert actual.tolist() == expected
+
+
+def test_memory_grows_with_rows_times_candidates(tmp_path):
+    """The bars are the issue's: 1 GB for the mask, 2.5 GB for the loss, of 4,096 rows with 7 negatives each."""
+    script = """
+import resource, sys, torch
+from nvembed.train.losses import contrast, is_negative
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+normalize = torch.nn.functional.normalize
+queries = normalize(torch.randn(4096, 64, generator=generator), dim=-1).requires_grad_()
+passages = normalize(torch.randn(4096, 8, 64, generator=generator), dim=-1).requires_grad_()
+query_ids = torch.randint(0, 2**62, (4096,), generator=generator)
+passage_ids = torch.randint(0, 2**62, (4096, 8), generator=generator)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+is_negative(query_ids, passage_ids.flatten()[None], query_ids, passage_ids[:, 0])
+mask = peak() - before
+contrast(queries, passages, query_ids, passage_ids)
+print(mask, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=True)
+    mask, loss = map(int, done.stdout.split())
+    assert mask < 1e9
+    assert loss < 2.5e9
 
 
 def test_bad_arguments_are_named():

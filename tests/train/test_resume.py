@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, resume_record
 from nvembed.train.trainer import PARTIAL_CHECKPOINT
 
 
@@ -146,3 +148,108 @@ def test_resuming_from_nothing_or_from_another_shape_is_an_error(tmp_path, recip
     assert result.returncode != 0
     assert "checkpoint-2 does not belong to" in result.stderr
     assert "layers.2" in result.stderr
+
+
+# --- Settings that changed since the checkpoint
+
+
+@pytest.fixture
+def stopped(tmp_path, recipe):
+    """A run of 8 steps, of which the checkpoint of step 4 is resumed elsewhere."""
+    options = ["--max_steps", "8", "--save_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
+    result = run(recipe, tmp_path / "whole", *options)
+    assert result.returncode == 0, result.stderr
+
+    def resume(*changes):
+        folder = tmp_path / f"resumed-{len(list(tmp_path.glob('resumed-*')))}"
+        again = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-4"]
+        return folder, run(recipe, folder, *options, *again, *changes)
+
+    return tmp_path / "whole", resume
+
+
+def rates(folder):
+    history = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
+
+
+def test_changed_settings_are_applied_and_said_or_refused(stopped):
+    whole, resume = stopped
+    folder, result = resume()
+    assert result.returncode == 0, result.stderr
+    assert all(weights(whole)[name].equal(tensor) for name, tensor in weights(folder).items()), "nothing changed"
+    assert "| `learning_rate` | 0.001 |" in (folder / "README.md").read_text()
+
+    folder, result = resume("--learning_rate", "1e-5", "--weight_decay", "0.5", "--temperature", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert "From step 4 on, learning_rate is 1e-05; it was 0.001." in result.stderr
+    assert not all(weights(whole)[name].equal(tensor) for name, tensor in weights(folder).items())
+    before, after = rates(whole), rates(folder)
+    for step in range(1, 9):
+        assert after[step] == pytest.approx(before[step] * (1 if step <= 4 else 0.01), rel=1e-6, abs=1e-12)
+    card = (folder / "README.md").read_text()
+    assert "| `learning_rate` | 0.001; from step 4: 1e-05 |" in card
+    assert "| `temperature` | 0.02; from step 4: 0.1 |" in card
+    groups = torch.load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+    for changes, words in (
+        (("--optim", "adafactor"), "optim was 'adamw_torch_fused' until checkpoint-4 and is 'adafactor'"),
+        (("--lora_alpha", "8"), "lora_alpha was 32 until checkpoint-4 and is 8: the adapter in the checkpoint"),
+    ):
+        folder, result = resume(*changes)
+        assert result.returncode != 0
+        assert words in result.stderr.replace("'adamw_torch'", "'adamw_torch_fused'")
+        assert not (folder / "model.safetensors").exists()
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A checkpoint's record; `settings(...)` are those of its run, changed."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+
+    def settings(**changes):
+        known = dict.fromkeys((*APPLIED, *REFUSED)) | {"max_steps": 8, "lr_scheduler_type": "linear"}
+        return known | changes
+
+    RunRecord(settings(), base="same").save(tmp_path / "checkpoint-4")
+    return str(tmp_path / "checkpoint-4"), settings
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_setting_that_made_the_checkpoint_is_refused(written, name):
+    checkpoint, settings = written
+    with pytest.raises(ValueError, match=f"{name} was None until checkpoint-4 and is 'other': "):
+        resume_record(checkpoint, settings(**{name: "other"}), "same")
+
+
+@pytest.mark.parametrize("name", sorted(set(APPLIED) - {"max_steps", "lr_scheduler_type"}))
+def test_every_other_setting_is_applied_from_its_step_on(written, name):
+    checkpoint, settings = written
+    record = resume_record(checkpoint, settings(**{name: 2}), "same")
+    assert record.history(name) == [(0, None), (4, 2)]
+    record.save(Path(checkpoint))
+    assert resume_record(checkpoint, settings(**{name: 2}), "same").history(name) == [(0, None), (4, 2)]
+
+
+def test_another_base_a_finished_run_and_what_cannot_be_applied_are_refused(written):
+    checkpoint, settings = written
+    with pytest.raises(ValueError, match="was trained on another base"):
+        resume_record(checkpoint, settings(), "other")
+    with pytest.raises(ValueError, match="is at step 4 and max_steps is 3"):
+        resume_record(checkpoint, settings(max_steps=3), "same")
+    with pytest.raises(ValueError, match="learning_rate was None .*: DeepSpeed restores"):
+        resume_record(checkpoint, settings(learning_rate=1.0), "same", is_deepspeed=True)
+    with pytest.raises(ValueError, match="lr_scheduler_type was 'linear' .*: this schedule restores its rate"):
+        resume_record(checkpoint, settings(lr_scheduler_type="greedy"), "same")
+
+
+def test_a_digest_tells_weights_of_one_shape_apart(model):
+    digest = digest_weights(model)
+    assert digest == digest_weights(model)
+    with torch.no_grad():
+        model.embedding_model.layers[1].mlp.up_proj.weight[0, 0] += 0.1
+    assert digest_weights(model) != digest
+    with torch.device("meta"):
+        assert digest_weights(type(model)(model.config)) is None

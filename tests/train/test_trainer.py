@@ -20,9 +20,10 @@ from nvembed.eval.local_tasks import read_tasks
 from nvembed.eval.run_mteb import EvaluationArguments, run
 from nvembed.modeling_nvembed import format_instruction
 from nvembed.train.adapter import add_adapter
-from nvembed.train.arguments import ModelArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import DatasetSource, load_triplets
+from nvembed.train.stage1 import main as train
 from nvembed.train.trainer import EmbeddingTrainer
 
 
@@ -408,3 +409,50 @@ def test_paper_recipes_options_work_together(tmp_path, checkpoint, pairs_file, t
     merged = NVEmbedModel.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     assert torch.cosine_similarity(merged.encode(sentences), adapted).min() > 0.99
+
+
+# --- Runs that would train nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "words"),
+    [
+        (Stage2Arguments, 4, "num_negatives is 0 and in_batch_negatives is off"),
+        (Stage1Arguments, 1, "num_negatives is 0 and a batch has one row"),
+    ],
+)
+def test_settings_that_leave_no_negative_are_refused(tmp_path, checkpoint, pairs_file, arguments, rows, words):
+    options = arguments(str(tmp_path / "out"), per_device_train_batch_size=rows, use_cpu=True, max_steps=1)
+    data = DataArguments([str(pairs_file)], num_negatives=0)
+    with pytest.raises(ValueError, match=words):
+        train(ModelArguments(str(checkpoint)), data, options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_negatives_stops_at_its_log_or_at_its_end(tmp_path, checkpoint, sentences):
+    """Every row has the same query and positive, so the batch gives no negative either."""
+    path = tmp_path / "same.jsonl"
+    path.write_text((json.dumps({"query": sentences[0], "positive": sentences[1], "instruction": "x"}) + "\n") * 8)
+    for logging_steps in (2, 50):
+        trainer = make_trainer(checkpoint, path, tmp_path / "out", max_steps=4, logging_steps=logging_steps)
+        with pytest.raises(ValueError, match=f"none of the last {8 if logging_steps == 2 else 16} rows had a negative"):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("train_sampling_strategy", "group_by_length"),
+        ("use_liger_kernel", True),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"{option} is .*, which this training cannot do; leave it out"):
+        Stage1Arguments(str(tmp_path), use_cpu=True, **{option: value})
+
+
+def test_the_attention_cannot_be_chosen():
+    with pytest.raises(ValueError, match="attn_implementation is 'eager', but the model chooses"):
+        ModelArguments("x", attn_implementation="eager")

@@ -38,6 +38,18 @@ def test_window_adds_up_what_each_set_gave():
     assert window.close() == {"tokens_per_second": 0.0}, "the next window is empty"
 
 
+def test_a_window_without_any_negative_stops_the_run():
+    window = Window(torch.nn.Linear(2, 2), torch.device("cpu"))
+    batch = {"chunks": [{"lengths": [3, 4]}], "datasets": ["a", "a"]}
+    window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
+    window.add(batch, rows_of([0.0, 0.1], [0.5, 0.7], [-math.inf, 0.2]))
+    window.close()  # one batch without any is sound
+    for _ in range(2):
+        window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
+    with pytest.raises(ValueError, match="none of the last 4 rows had a negative, so nothing was learned"):
+        window.close()
+
+
 def test_similarities_by_a_loop():
     torch.manual_seed(0)
     queries = torch.nn.functional.normalize(torch.randn(3, 5), dim=-1)

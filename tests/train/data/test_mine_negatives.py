@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from nvembed.train.data.mine_negatives import BM25, add_negatives, write_triplets
+from nvembed.train.data.mine_negatives import add_negatives, write_triplets
+from nvembed.train.data.teachers import BM25, split_words
 
 
 class Fixed:
@@ -38,6 +39,35 @@ def test_corpora_without_a_word_get_random_negatives():
     first, second = add_negatives(pairs, ["🙂", "a", "the", " "], 2)
     assert sorted(first["negatives"]) == ["a", "the"]
     assert sorted(second["negatives"]) == ["the", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("如何重置密码", ["如何", "何重", "重置", "置密", "密码"]),
+        ("東京タワーへ", ["東京", "京タ", "タワ", "ワー", "ーへ"]),
+        ("กี่วัน", ["กี่วั", "วัน"]),  # letters with their marks
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("C語言, R and v2", ["C", "語言", "R", "and", "v2"]),
+        ("茶", ["茶"]),
+    ],
+)
+def test_words_of_every_script(text, words):
+    assert split_words(text) == words
+
+
+def test_bm25_ranks_scripts_without_spaces(caplog):
+    query, positive, near_miss = "如何重置密码", "打开设置并选择账户即可重置密码", "如何重置路由器的密码和名称"
+    (scores,) = BM25().scores([query], ["今天天气很好", positive, near_miss])
+    assert scores[0] == 0 < scores[1] < scores[2], "the near miss shares four pairs of characters"
+    pair = {"query": query, "positive": near_miss}
+    for seed in range(5):
+        (triplet,) = add_negatives([pair], ["今天天气很好", positive, "我们去公园"], 1, seed)
+        assert triplet["negatives"] == [positive]
+    (_, unmatched) = BM25().scores([query, "zebra"], [positive])
+    assert not unmatched.any()
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "1 of 2 queries share no word with the corpus" in message
 
 
 def test_missing_negatives_are_drawn_without_repetition():
