@@ -1,7 +1,7 @@
 # Every target makes .venv with the pinned packages first, so each works right after a clone.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-versions lint
+.PHONY: quickstart test test-versions test-cuda-shapes lint
 
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart.py
@@ -11,6 +11,9 @@ test: .venv/installed
 
 test-versions: .venv/installed
 	.venv/bin/python tests/versions.py
+
+test-cuda-shapes: .venv/installed
+	.venv/bin/python tests/cuda_shapes.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .
