@@ -110,11 +110,10 @@ class PackedTexts:
         out, start = [], 0
         for length, run in groupby(self.lengths):
             texts = sum(1 for _ in run)
-            stop = start + texts * length
-            rows = (x[start:stop].unflatten(0, (texts, length)).transpose(1, 2) for x in (q, k, v))
+            rows = (x.narrow(0, start, texts * length).unflatten(0, (texts, length)).transpose(1, 2) for x in (q, k, v))
             attended = F.scaled_dot_product_attention(*rows, None, dropout, is_causal)
             out.append(attended.transpose(1, 2).flatten(0, 1))
-            start = stop
+            start += texts * length
         return torch.cat(out)
 
     def _ends(self, device: torch.device) -> Tensor:
@@ -130,7 +129,7 @@ class PackedTexts:
 
     def last(self, x: Tensor) -> Tensor:
         """The last token of each text: `[tokens, ...]` to `[texts, ...]`."""
-        return x[self._ends(x.device)[1:] - 1]
+        return x.index_select(0, self._ends(x.device).narrow(0, 1, len(self.lengths)) - 1)
 
 
 def has_varlen_kernel(q: Tensor, is_causal: bool) -> bool:

@@ -48,12 +48,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
     record = RunRecord(kept, base)
+    adapted = add_adapter(model, model_args)
     if resume is not None:
+        check_resume(resume, adapted)
         record = resume_record(resume, kept, base, is_deepspeed=training_args.deepspeed_plugin is not None)
     triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
 
     trainer = EmbeddingTrainer(
-        model=add_adapter(model, model_args),
+        model=adapted,
         args=training_args,
         train_dataset=triplets,
         eval_dataset=held_out,
@@ -63,8 +65,6 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
             model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
         ),
     )
-    if resume is not None:
-        check_resume(resume, trainer.model)
     trainer.train(resume_from_checkpoint=resume)
 
     names = repositories(training_args) if trainer.is_world_process_zero() else {}  # others push nothing
