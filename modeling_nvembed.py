@@ -1025,7 +1025,7 @@ class NVEmbedModel(PreTrainedModel):
                 raise
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
         misshapen = () if may_differ else info["mismatched_keys"]
-        check_tensors(adapter or source, info["missing_keys"], info["unexpected_keys"], misshapen)
+        check_tensors(source, info["missing_keys"], info["unexpected_keys"], misshapen)
         if adapter is not None:
             load_adapter(model, adapter, **(hub_options | adapter_options))
         model.tokenizer = tokenizer

@@ -2,12 +2,22 @@
 
 import json
 import os
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
 from nvembed.train.arguments import Stage1Arguments, Stage2Arguments
-from nvembed.train.data.registry import DatasetSource, account, check_sources, load_blend, load_triplets, read_triplets
+from nvembed.train.data.registry import (
+    DatasetSource,
+    account,
+    after_main_process,
+    check_sources,
+    load_blend,
+    load_triplets,
+    read_triplets,
+)
 
 
 def write_jsonl(path, rows):
@@ -362,6 +372,27 @@ def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
 def test_a_table_on_another_machines_disk_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"000.arrow is absent on .* must be on a disk that all machines share"):
         read_triplets(tmp_path / "triplets" / "000.arrow")
+
+
+def test_processes_that_wait_too_long_say_what_for(tmp_path, caplog):
+    """By a stand-in for the timeout of the process group, which transformers sets on GPUs alone."""
+
+    @contextmanager
+    def main_process_first(local, desc):
+        raise RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+        yield
+
+    arguments = SimpleNamespace(ddp_timeout=3, world_size=2, process_index=0, main_process_first=main_process_first)
+    with (
+        pytest.raises(TimeoutError, match=r"did not finish the triplets .* raise --ddp_timeout"),
+        after_main_process(arguments),
+    ):
+        pass
+    (message,) = [record.message for record in caplog.records]
+    assert "The other processes wait ddp_timeout = 3 s for the triplets" in message, "said before the wait"
+    arguments.main_process_first = lambda local, desc: nullcontext()
+    with pytest.raises(RuntimeError, match="of its own"), after_main_process(arguments):
+        raise RuntimeError("of its own")
 
 
 def by_texts(triplet: dict) -> list:
