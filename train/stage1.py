@@ -25,11 +25,13 @@ from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.registry import load_blend
 from nvembed.train.hub import check_push, push_folder, repositories
+from nvembed.train.memory import limit_primitive_cache
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
 from nvembed.train.trainer import ADAPTER, EmbeddingTrainer
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
+    limit_primitive_cache()
     check_output_dir(training_args.output_dir)
     check_negatives(data_args, training_args)
     check_push(training_args, model_args)

@@ -19,6 +19,7 @@ from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import contrast
+from nvembed.train.memory import ReturnFreedMemory
 from nvembed.train.resume import FreshSettings, RunRecord
 from nvembed.train.watch import LossGuard, Window
 
@@ -50,6 +51,7 @@ class EmbeddingTrainer(Trainer):
         if eval_dataset is not None:  # first, so that other callbacks see its metrics
             kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+        self.add_callback(ReturnFreedMemory())
         self._record = record
         self._checkpoint_folder: str | None = None
         self._check_settings()
