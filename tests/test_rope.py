@@ -35,13 +35,11 @@ SMALL = {
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has other formulas for yarn")
 @pytest.mark.parametrize("name", [*ROPES, "default"])
 def test_rope_frequencies_equal_transformers_bit_for_bit(name):
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = ROPES.get(name, {"rope_type": "default", "rope_theta": 10000.0})
-    reference = LlamaConfig(**SMALL, rope_parameters=dict(rope))
-    compute = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters)
-    expected, expected_scale = compute(reference, torch.device("cpu"))
+    reference = LlamaRotaryEmbedding(LlamaConfig(**SMALL, rope_parameters=dict(rope)))
+    expected, expected_scale = reference.inv_freq, reference.attention_scaling
     actual, scale = inverse_frequencies(BidirectionalMistralConfig(**SMALL, rope_parameters=dict(rope)), "cpu")
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)

@@ -149,9 +149,8 @@ def test_module_survives_pickling_and_copies(st_model, reference, sentences):
 
 def test_settings_that_have_no_effect_are_refused(st_checkpoint, reference, sentences):
     options = {"trust_remote_code": True, "device": "cpu"}
-    # Not through SentenceTransformer: with another backend it asks for packages first.
     with pytest.raises(ValueError, match="backend is 'onnx'; .* run in torch alone"):
-        NVEmbedTransformer.load(str(st_checkpoint), backend="onnx")
+        SentenceTransformer(str(st_checkpoint), **options, backend="onnx")
     name = (
         "processor_kwargs"
         if "processor_kwargs" in inspect.signature(SentenceTransformer).parameters
