@@ -1003,7 +1003,15 @@ class NVEmbedModel(PreTrainedModel):
             own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
             base_options = {name: value for name, value in hub_options.items() if name not in own}
             adapter_options |= own
-        saved, _ = NVEmbedConfig.get_config_dict(source, **base_options)
+        try:
+            saved, _ = NVEmbedConfig.get_config_dict(source, **base_options)
+        except OSError as error:
+            if adapter is None:
+                raise
+            raise ValueError(
+                f"{source}, the base of the adapter {adapter}, is neither a folder here nor a Hub model that can be "
+                f"reached; write where it lies into base_model_name_or_path of adapter_config.json ({error})"
+            ) from error
         if saved.get("model_type") != NVEmbedConfig.model_type:
             kind = f"is a {saved['model_type']!r} model" if "model_type" in saved else "has no config.json of a model"
             of_adapter = f" (the base of the adapter {adapter})" if adapter else ""
@@ -1162,8 +1170,10 @@ def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
 
 
 def _name_in_wrapper(key: str, in_full: list[str]) -> str:
-    """The name of a weight in the copy of its module that peft trains."""
+    """The name of a weight in the copy of its module that peft trains, or in DoRA's layer."""
     prefix = "base_model.model."
+    if key.endswith(".lora_magnitude_vector"):
+        return f"{key}.default.weight"
     for name in in_full:
         if key.startswith(f"{prefix}{name}."):
             return f"{prefix}{name}.modules_to_save.default.{key.removeprefix(f'{prefix}{name}.')}"

@@ -33,6 +33,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from nvembed.eval.retrieval import read_beir
 from nvembed.eval.tables import find_table, read_jsonl, read_table, text_of
+from nvembed.modeling_nvembed import check_characters
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _read_entry(file: Path, number: int, row) -> LocalTask:
     for key, value in row.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key} is {value!r} of type {type(value).__name__}, not a string")
+        check_characters(value, f"{where}: {key}")
     if row["type"] not in TYPES:
         raise ValueError(f"{where}: type is {row['type']!r}; known types are {', '.join(TYPES)}")
     folder = file.parent / row["path"]
@@ -336,4 +338,4 @@ def _label(row: dict, column: str, name: str) -> str:
     label = row[column]
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
         raise ValueError(f'{name}: "{column}" is {label!r}; it must be a word or a whole number')
-    return str(label)
+    return text_of({column: str(label)}, column, name)

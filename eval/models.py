@@ -26,6 +26,8 @@ from nvembed.eval.processes import Embed
 from nvembed.modeling_nvembed import NVEmbedModel, find_base_of_adapter, format_instruction
 
 
+logger = logging.getLogger(__name__)
+
 MAX_LENGTH = 512  # tokens of a text with its instruction (paper section 5.1)
 
 
@@ -37,6 +39,7 @@ class LoadedModel:
         name: of results; the last two parts of a folder's path, or the Hub name.
         revision: the Hub's commit, or a digest of a folder's files.
         embed: (texts, prefix) -> fp32 `[texts, width]`; the prefix is an instruction as the model reads it.
+        max_length: tokens of a text with its instruction at most.
         similarity: that it was trained for, cosine or dot product.
         prompts: the model's own prompts by name, instead of the tasks' instructions; None: it takes these.
     """
@@ -44,6 +47,7 @@ class LoadedModel:
     name: str
     revision: str
     embed: Embed
+    max_length: int = MAX_LENGTH
     similarity: ScoringFunction = ScoringFunction.COSINE
     prompts: dict[str, str] | None = None
 
@@ -81,7 +85,7 @@ class ModelArguments:
 
     def settings(self, model: "LoadedModel") -> dict:
         """What else than the data decides the scores."""
-        settings = {"model": model.name, "revision": model.revision, "max_length": self.max_length}
+        settings = {"model": model.name, "revision": model.revision, "max_length": model.max_length}
         return settings | {"dtype": self.dtype, "instruct": self.instruct}
 
 
@@ -124,8 +128,15 @@ def load_model(
     device = PartialState().device
     if config.get("model_type") == "nvembed":
         ours = NVEmbedModel.from_pretrained(model, revision=revision, dtype=dtype).to(device)
+        positions = ours.config.text_config.max_position_embeddings
+        if positions < max_length:
+            logger.warning(
+                "%s: texts are cut at the decoder's %d positions (max_position_embeddings), not at max_length %d",
+                name, positions, max_length,
+            )  # fmt: skip
+        max_length = min(max_length, positions)
         embed = embed_with(ours, max_length, batch_tokens, show_progress_bar=show_progress_bar)
-        return LoadedModel(name, commit, embed)
+        return LoadedModel(name, commit, embed, max_length)
 
     from sentence_transformers import SentenceTransformer
 
@@ -140,7 +151,8 @@ def load_model(
         return theirs.encode(texts, prompt=prefix, convert_to_numpy=True, show_progress_bar=show_progress_bar)
 
     prompts = None if instruct else theirs.prompts | {"default": theirs.prompts.get(theirs.default_prompt_name, "")}
-    return LoadedModel(name, commit, careful(encode), ScoringFunction(theirs.similarity_fn_name), prompts)
+    similarity = ScoringFunction(theirs.similarity_fn_name)
+    return LoadedModel(name, commit, careful(encode), max_length, similarity, prompts)
 
 
 def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = None, **options) -> Embed:

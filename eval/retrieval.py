@@ -52,6 +52,7 @@ def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
             )
     corpus, queries = _read_texts(folder / "corpus.jsonl"), _read_texts(folder / "queries.jsonl")
     qrels: dict[str, dict[str, int]] = {}
+    check_encoding(qrels_path)
     with qrels_path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
             if not row or (number == 1 and row[-1:] == ["score"]):
@@ -70,15 +71,23 @@ def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
     return corpus, queries, qrels
 
 
+def check_encoding(path: Path) -> None:
+    """Raises a `ValueError` that names the line which is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
+
+
 def _read_texts(path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     for number, row in read_jsonl(path, ("_id", "text")):
-        id_ = str(row["_id"])
+        id_ = text_of({"_id": str(row["_id"])}, "_id", f"{path}:{number}")
         if id_ in texts:
             raise ValueError(f'{path}:{number}: "_id" {id_!r} stands there a second time')
-        text_of(row, "text", f"{path}:{number}")
-        text_of({"title": row.get("title") or ""}, "title", f"{path}:{number}")
-        texts[id_] = document_text(row)
+        texts[id_] = checked_text(row, f"{path}:{number}")
     return texts
 
 
@@ -98,8 +107,18 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
     for row in judgements:
         if row["score"] > 0:
             qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    corpus = {str(row["_id"]): document_text(row) for row in corpus_rows}
-    return corpus, {str(row["_id"]): row["text"] for row in query_rows}, qrels
+    corpus, queries = (
+        {str(row["_id"]): checked_text(row, f"{name}[{part}][{position}]") for position, row in enumerate(rows)}
+        for part, rows in (("corpus", corpus_rows), ("queries", query_rows))
+    )
+    return corpus, queries, qrels
+
+
+def checked_text(row: dict, name: str) -> str:
+    """`document_text` of a row whose title, if it has one, and text can be read; the row's name is in the error."""
+    text_of({"title": row.get("title") or ""}, "title", name)
+    text_of(row, "text", name)
+    return document_text(row)
 
 
 def document_text(row: dict) -> str:

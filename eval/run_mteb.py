@@ -50,7 +50,7 @@ def run(args: EvaluationArguments) -> dict | None:
         summary = results.summarize(tasks, measured, model)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}
-        print(f"\n{model.name} at {model.revision}, {args.max_length} tokens, percent")
+        print(f"\n{model.name} at {model.revision}, {model.max_length} tokens, percent")
         print(results.score_table(summary, seconds))
         return summary
 

@@ -1,5 +1,7 @@
 """Runs the golden and remote-code tests in a throwaway environment for each supported version; `make test-versions`.
 
+    .venv/bin/python tests/versions.py 5.23.0   # one transformers alone
+
 The checkpoint that every environment loads beside the golden one was converted by the Python that runs this script.
 An environment takes 1 to 8 GB while it lives: on Linux, PyPI's torch may come with CUDA.
 """
@@ -73,7 +75,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         convert_released(str(golden), str(Path(folder, "converted")))
         save_with_scaled_ropes(str(golden), Path(folder))
-        for versions in tqdm(VERSIONS, unit="environment"):
+        chosen = [versions for versions in VERSIONS if versions[0] in (sys.argv[1:] or versions)]
+        for versions in tqdm(chosen, unit="environment"):
             rows.append((*versions, run_tests(*versions, Path(folder))))
     print("| transformers | torch | sentence-transformers | tests |\n|---|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))

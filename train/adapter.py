@@ -24,13 +24,19 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
     """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
 
     Raises:
-        ValueError: the latent attention is folded, quantized weights would be trained themselves, or a list of modules
-            does not fit the model (see `resolve_modules`).
+        ValueError: the model is an adapter on its base, the latent attention is folded, quantized weights would be
+            trained themselves, or a list of modules does not fit the model (see `resolve_modules`).
     """
     if model.config.latent_attention_is_folded:
         raise ValueError(
             f"{model_args.model_name_or_path} has a folded latent attention, which is for evaluation alone; train the "
             "unfolded checkpoint that it was made from"
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is an adapter, and training would begin without it: give the merged "
+            "checkpoint (the folder that training wrote around it), or merge it first: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload()"
         )
     config = get_peft_config(model_args)
     if config is None and is_quantized(model):
@@ -79,7 +85,13 @@ def resolve_modules(model: NVEmbedModel, config: LoraConfig) -> None:
             )
     config.modules_to_save = list(in_full) or None
 
+    parameters = [name for name, _ in model.named_parameters()]
+    for asked in config.target_parameters or ():
+        if not any(f".{name}".endswith(f".{asked}") for name in parameters):
+            raise ValueError(f"lora_target_parameters: no parameter is called {asked!r}; there is {parameters[1]}")
     targets = config.target_modules
+    if not targets and not config.target_parameters:
+        raise ValueError("lora_target_modules is empty: name the layers that get LoRA, or set use_peft: false")
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         config.target_modules = targets = {targets}  # TRL makes a pattern of a single name
     if isinstance(targets, str):
@@ -110,6 +122,9 @@ def _similar(modules: dict, asked: str) -> str:
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Saves an adapter with all but the base's weights, so that `AutoModel` and `SentenceTransformer` open it."""
     base = model.get_base_model()
+    for config in model.peft_config.values():
+        if Path(config.base_model_name_or_path or "").is_dir():  # else it would open from one working directory alone
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     model.save_pretrained(folder)
     save_tokenizer(base.tokenizer, str(folder))
     save_sentence_transformers_files(base.config, str(folder))

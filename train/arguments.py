@@ -6,6 +6,7 @@ from typing import ClassVar
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from nvembed.modeling_nvembed import check_characters
 from nvembed.train.data.registry import DatasetSource, as_source
 
 
@@ -99,6 +100,7 @@ class DataArguments:
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
         self.datasets = [as_source(entry) for entry in self.datasets]
+        check_characters(self.instruction or "", "instruction")
         if self.eval_names is not None and self.eval_tasks is None:
             raise ValueError(f"eval_names is {self.eval_names} but there is no eval_tasks to take them from")
         if not isinstance(self.max_length, int) or self.max_length < 1:

@@ -23,7 +23,7 @@ from nvembed.train.arguments import DataArguments, StageArguments
 from nvembed.train.checkpoints import CARD
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.registry import DatasetSource, infer_kind
-from nvembed.train.resume import RunRecord
+from nvembed.train.resume import NOT_RECORDED, RunRecord
 
 
 logger = get_logger(__name__)
@@ -104,11 +104,13 @@ def describe_run(
 def describe_settings(settings: Mapping[str, object], record: RunRecord) -> dict[str, str]:
     """The settings that a card shows, as text; one that changed at a resume with each value and its first step."""
     described = {}
-    for name in SETTINGS:
-        (_, value), *later = record.history(name) if name in record.periods[-1][1] else [(0, settings.get(name))]
-        values = [_as_text(value), *(f"from step {step}: {_as_text(value)}" for step, value in later)]
-        if later or value not in (None, False):
-            described[name] = "; ".join(values)
+    recorded = record.periods[-1][1]
+    changed = [name for name in recorded if len(record.history(name)) > 1 and name not in SETTINGS]
+    for name in (*SETTINGS, *changed):
+        (_, first), *later = record.history(name) if name in recorded else [(0, settings.get(name))]
+        if any(value not in (None, False, NOT_RECORDED) for value in (first, *(value for _, value in later))):
+            texts = [_as_text(first), *(f"from step {step}: {_as_text(value)}" for step, value in later)]
+            described[name] = "; ".join(texts)
     return described
 
 

@@ -1,7 +1,7 @@
 """Resuming a training: which checkpoint, whether its weights belong to this run, and which settings may differ.
 
 A setting that differs from those of the checkpoint is either applied from there on, which the log and the model card
-say, or refused, because what the checkpoint holds was made with the earlier one. None is ignored.
+say, or refused, because what the checkpoint holds was made with the earlier one.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
@@ -21,11 +21,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import get_logger
 
 from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.data.registry import difference
 
 
 logger = get_logger(__name__)
 
 SETTINGS_FILE = "settings.json"  # within a training checkpoint
+NOT_RECORDED = "not recorded"  # of a part of a run that an earlier nvembed trained
 
 OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
@@ -96,6 +98,7 @@ def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
         raise ValueError(
             f"{checkpoint} holds {there} and this run trains {here}: set use_peft: {str(not adapted).lower()}"
         )
+    check_lora(checkpoint, model)
     weights = get_peft_model_state_dict(model) if adapted else model.state_dict()
     expected = {name: list(tensor.shape) for name, tensor in weights.items()}
     found = {}
@@ -113,56 +116,82 @@ def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
         )
 
 
+def check_lora(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
+    """Raises a `ValueError` if the adapter in a checkpoint was trained with another scale, or as another kind."""
+    file = Path(checkpoint, CONFIG_NAME)
+    if not isinstance(model, PeftModel) or not file.is_file():
+        return
+    there, here = json.loads(file.read_text()), model.peft_config[model.active_adapter].to_dict()
+    for name in ("lora_alpha", "use_rslora", "use_dora"):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"{name} was {there.get(name)!r} until {Path(checkpoint).name} and is {here.get(name)!r}: the adapter "
+                "in the checkpoint was trained with it; give what it began with, or start anew in another --output_dir"
+            )
+
+
 class RunRecord:
     """The settings that a run has had, and from which step on; kept in each of its checkpoints.
 
     Args:
         settings: those of `APPLIED` and `REFUSED` now, name -> value.
         base: `digest_weights` of the model that training starts from; None: not compared.
+        data: what the triplets were made of (`nvembed.train.data.registry.provenance`); None: not compared.
         periods: (first step, settings) of the checkpoint that is resumed, in their order; empty at the start.
     """
 
-    def __init__(self, settings: Mapping, base: str | None, periods: Sequence[tuple[int, Mapping]] = ()):
-        self.base = base
+    def __init__(
+        self,
+        settings: Mapping,
+        base: str | None,
+        data: Mapping | None = None,
+        periods: Sequence[tuple[int, Mapping]] = (),
+    ):
+        self.base, self.data = base, data
         self.periods = [*periods] or [(0, dict(settings))]
 
     def save(self, checkpoint: Path) -> None:
-        content = {"base": self.base, "periods": [{"from_step": step, "settings": s} for step, s in self.periods]}
+        periods = [{"from_step": step, "settings": settings} for step, settings in self.periods]
+        content = {"base": self.base, "data": self.data, "periods": periods}
         (checkpoint / SETTINGS_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     def history(self, name: str) -> list[tuple[int, object]]:
         """The values of one setting, each with its first step; one alone if it never changed."""
         values: list[tuple[int, object]] = []
         for step, settings in self.periods:
-            if not values or settings.get(name) != values[-1][1]:
-                values.append((step, settings.get(name)))
+            value = settings.get(name, NOT_RECORDED)
+            if not values or value != values[-1][1]:
+                values.append((step, value))
         return values
 
 
-def resume_record(checkpoint: str, settings: Mapping, base: str | None, is_deepspeed: bool = False) -> RunRecord:
+def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: bool = False) -> RunRecord:
     """The record of the run that is resumed, with the settings from here on; changes are logged.
 
+    Args:
+        now: of a run that would begin with today's settings.
+        steps: of the whole run, by today's settings.
+
     Raises:
-        ValueError: a setting that may not change has changed, or the base's weights; the run was done already.
+        ValueError: a setting that may not change has changed, or the data, or the base's weights; the run was longer
+            already.
     """
+    settings = now.periods[-1][1]
     step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
-    if 0 < settings["max_steps"] < step:
-        raise ValueError(f"{checkpoint} is at step {step} and max_steps is {settings['max_steps']}; raise it to go on")
+    if steps < step:
+        raise ValueError(
+            f"{checkpoint} is at step {step} and this run has {steps}; raise max_steps or num_train_epochs to go on"
+        )
     file = Path(checkpoint, SETTINGS_FILE)
     if not file.is_file():
         logger.warning(
             f"{checkpoint} does not say which settings it was trained with (an earlier nvembed wrote it), so a change "
             "of them is not noticed; optimizer and schedule have those of this run from here on"
         )
-        return RunRecord(settings, base)
+        return RunRecord(settings, now.base, now.data, [(0, {}), (step, settings)])
     content = json.loads(file.read_text())
     periods = [(period["from_step"], period["settings"]) for period in content["periods"]]
     before = periods[-1][1]
-    if None not in (base, content["base"]) and base != content["base"]:
-        raise ValueError(
-            f"{checkpoint} was trained on another base: the weights of model_name_or_path are not those that it began "
-            "with; give that base, or name another --output_dir"
-        )
     changed = [name for name in settings if settings[name] != before.get(name)]
     for name in changed:
         reason = REFUSED.get(name)
@@ -176,9 +205,19 @@ def resume_record(checkpoint: str, settings: Mapping, base: str | None, is_deeps
                 f"{name} was {before.get(name)!r} until {Path(checkpoint).name} and is {settings[name]!r}: {reason}; "
                 "give what it began with, or name another --output_dir and start from the checkpoint it began with"
             )
+    if None not in (now.base, content["base"]) and now.base != content["base"]:
+        raise ValueError(
+            f"{checkpoint} was trained on another base: the weights of model_name_or_path are not those that it began "
+            "with; give that base, or name another --output_dir"
+        )
+    if None not in (now.data, content.get("data")) and now.data != content["data"]:
+        raise ValueError(
+            f"{checkpoint} was trained on other data: {difference(content['data'], now.data)}; give what it began "
+            "with, or start anew in another --output_dir"
+        )
     for name in changed:
         logger.warning(f"From step {step} on, {name} is {settings[name]!r}; it was {before.get(name)!r}.")
-    return RunRecord(settings, base, [*periods, (step, dict(settings))] if changed else periods)
+    return RunRecord(settings, now.base, now.data, [*periods, (step, dict(settings))] if changed else periods)
 
 
 def digest_weights(model: nn.Module) -> str | None:

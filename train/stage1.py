@@ -23,7 +23,7 @@ from nvembed.train.arguments import (
 from nvembed.train.card import describe_run, write_card
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
-from nvembed.train.data.registry import load_blend
+from nvembed.train.data.registry import load_blend, provenance
 from nvembed.train.hub import check_push, push_folder, repositories
 from nvembed.train.memory import limit_primitive_cache
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
@@ -49,12 +49,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: St
     )
     kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
-    record = RunRecord(kept, base)
     adapted = add_adapter(model, model_args)
     if resume is not None:
         check_resume(resume, adapted)
-        record = resume_record(resume, kept, base, is_deepspeed=training_args.deepspeed_plugin is not None)
     triplets = load_blend(training_args, data_args.datasets, data_args.num_negatives, data_args.instruction)
+    record = RunRecord(kept, base, provenance(training_args.output_dir))
+    if resume is not None:
+        steps = len(triplets) // settings["batch_size"]
+        record = resume_record(resume, record, steps, is_deepspeed=training_args.deepspeed_plugin is not None)
 
     trainer = EmbeddingTrainer(
         model=adapted,

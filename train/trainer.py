@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mteb.abstasks import AbsTask
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -26,6 +26,13 @@ from nvembed.train.watch import LossGuard, Window
 
 PARTIAL_CHECKPOINT = ".partial-checkpoint"
 ADAPTER = "adapter"  # folder within the output folder
+
+
+class CurrentIntervals(TrainerCallback):
+    """Logs, saves and measures as often as this run asks, not as the run did whose state a resume loads."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class EmbeddingTrainer(Trainer):
@@ -52,6 +59,7 @@ class EmbeddingTrainer(Trainer):
             kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
         self.add_callback(ReturnFreedMemory())
+        self.add_callback(CurrentIntervals())
         self._record = record
         self._checkpoint_folder: str | None = None
         self._check_settings()

@@ -50,6 +50,11 @@ def train_a_little(model) -> None:
         ({"lora_target_modules": ["q_proj", "v_porj"]}, "lora_target_modules: no module is called 'v_porj'; did you"),
         ({"lora_target_modules": ["q_porj"]}, "lora_target_modules: no module is called 'q_porj'"),
         ({"lora_target_modules": [r".*\.q_porj"]}, "the pattern .* matches no module"),
+        (
+            {"lora_target_parameters": ["q_porj.weight"]},
+            "no parameter is called 'q_porj.weight'",
+        ),
+        ({"lora_target_modules": []}, "lora_target_modules is empty"),
         ({"lora_target_modules": ["q_proj", "to_q"]}, "'to_q' is .*to_q, which lora_modules_to_save trains in full"),
     ],
 )
@@ -106,6 +111,22 @@ def trained(checkpoint, tmp_path, sentences):
     return tmp_path / "adapter", model.eval().encode(sentences)
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": ["all-linear"]}])
+def test_adapters_of_other_kinds_open(checkpoint, sentences, tmp_path, options):
+    model = adapted(checkpoint, **options)
+    train_a_little(model)
+    write_adapter(model, tmp_path / "adapter")
+    opened = NVEmbedModel.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(opened.encode(sentences), model.eval().encode(sentences), atol=1e-5, rtol=0)
+
+
+def test_training_does_not_begin_from_an_adapter(trained):
+    folder, _ = trained
+    for use_peft in (True, False):
+        with pytest.raises(ValueError, match="adapter is an adapter, and training would begin without it"):
+            adapted(folder, use_peft=use_peft, model_name_or_path=str(folder))
+
+
 def test_an_adapter_opens_in_transformers_and_sentence_transformers(trained, checkpoint, sentences, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -158,8 +179,9 @@ def test_an_adapter_is_measured_with_its_base(trained, checkpoint, sentences):
     assert loaded.revision not in (load_model(str(checkpoint)).revision,)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "runs/gone"}))
-    with pytest.raises(ValueError, match="runs/gone"):
-        load_model(str(folder))
+    for load in (load_model, NVEmbedModel.from_pretrained):
+        with pytest.raises(ValueError, match="runs/gone"):
+            load(str(folder))
 
 
 def test_errors_name_the_adapter(trained, checkpoint, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nvembed.train.card import describe_settings
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, resume_record
 from nvembed.train.trainer import PARTIAL_CHECKPOINT
 
@@ -193,6 +194,17 @@ def test_changed_settings_are_applied_and_said_or_refused(stopped):
     groups = torch.load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True)["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
 
+    folder, result = resume("--save_steps", "1", "--logging_steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
+    assert [step for step in rates(folder) if step > 4] == [6, 8]
+
+    (whole.parent / "b.jsonl").write_text((whole.parent / "b.jsonl").read_text().replace("b ", "c "))
+    folder, result = resume()
+    assert result.returncode != 0
+    assert "was trained on other data: b: b.jsonl has changed" in result.stderr
+    (whole.parent / "b.jsonl").write_text((whole.parent / "b.jsonl").read_text().replace("c ", "b "))
+
     for changes, words in (
         (("--optim", "adafactor"), "optim was 'adamw_torch_fused' until checkpoint-4 and is 'adafactor'"),
         (("--lora_alpha", "8"), "lora_alpha was 32 until checkpoint-4 and is 8: the adapter in the checkpoint"),
@@ -203,9 +215,12 @@ def test_changed_settings_are_applied_and_said_or_refused(stopped):
         assert not (folder / "model.safetensors").exists()
 
 
+DATA = {"seed": 42, "instruction": None, "datasets": [{"name": "a", "files": {"t.jsonl": "1"}}]}
+
+
 @pytest.fixture
 def written(tmp_path):
-    """A checkpoint's record; `settings(...)` are those of its run, changed."""
+    """A checkpoint with its record, and what resumes it with settings, base or data changed."""
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
 
@@ -213,36 +228,55 @@ def written(tmp_path):
         known = dict.fromkeys((*APPLIED, *REFUSED)) | {"max_steps": 8, "lr_scheduler_type": "linear"}
         return known | changes
 
-    RunRecord(settings(), base="same").save(tmp_path / "checkpoint-4")
-    return str(tmp_path / "checkpoint-4"), settings
+    RunRecord(settings(), "same", DATA).save(tmp_path / "checkpoint-4")
+
+    def resume(base="same", data=DATA, steps=8, is_deepspeed=False, **changes):
+        now = RunRecord(settings(**changes), base, data)
+        return resume_record(str(tmp_path / "checkpoint-4"), now, steps, is_deepspeed)
+
+    return tmp_path / "checkpoint-4", resume
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_setting_that_made_the_checkpoint_is_refused(written, name):
-    checkpoint, settings = written
+    _, resume = written
     with pytest.raises(ValueError, match=f"{name} was None until checkpoint-4 and is 'other': "):
-        resume_record(checkpoint, settings(**{name: "other"}), "same")
+        resume(base="other", **{name: "other"})  # the base differs with its dtype; that is not the reason
 
 
-@pytest.mark.parametrize("name", sorted(set(APPLIED) - {"max_steps", "lr_scheduler_type"}))
-def test_every_other_setting_is_applied_from_its_step_on(written, name):
-    checkpoint, settings = written
-    record = resume_record(checkpoint, settings(**{name: 2}), "same")
-    assert record.history(name) == [(0, None), (4, 2)]
-    record.save(Path(checkpoint))
-    assert resume_record(checkpoint, settings(**{name: 2}), "same").history(name) == [(0, None), (4, 2)]
+@pytest.mark.parametrize("name", sorted(set(APPLIED) - {"lr_scheduler_type"}))
+def test_every_other_setting_is_applied_from_its_step_on_and_in_the_card(written, name):
+    checkpoint, resume = written
+    record = resume(**{name: 2})
+    assert [step for step, _ in record.history(name)] == [0, 4]
+    assert record.history(name)[-1] == (4, 2)
+    assert describe_settings({}, record)[name].endswith("; from step 4: 2")
+    record.save(checkpoint)
+    assert resume(**{name: 2}).history(name) == record.history(name)
 
 
-def test_another_base_a_finished_run_and_what_cannot_be_applied_are_refused(written):
-    checkpoint, settings = written
+def test_another_base_other_data_a_longer_run_and_what_cannot_be_applied_are_refused(written):
+    _, resume = written
     with pytest.raises(ValueError, match="was trained on another base"):
-        resume_record(checkpoint, settings(), "other")
-    with pytest.raises(ValueError, match="is at step 4 and max_steps is 3"):
-        resume_record(checkpoint, settings(max_steps=3), "same")
+        resume(base="other")
+    with pytest.raises(ValueError, match="was trained on other data: a: t.jsonl has changed"):
+        resume(data=DATA | {"datasets": [{"name": "a", "files": {"t.jsonl": "2"}}]})
+    with pytest.raises(ValueError, match="was trained on other data: instruction was None and is 'x'"):
+        resume(data=DATA | {"instruction": "x"})
+    with pytest.raises(ValueError, match="is at step 4 and this run has 3; raise max_steps or num_train_epochs"):
+        resume(steps=3)
     with pytest.raises(ValueError, match="learning_rate was None .*: DeepSpeed restores"):
-        resume_record(checkpoint, settings(learning_rate=1.0), "same", is_deepspeed=True)
+        resume(learning_rate=1.0, is_deepspeed=True)
     with pytest.raises(ValueError, match="lr_scheduler_type was 'linear' .*: this schedule restores its rate"):
-        resume_record(checkpoint, settings(lr_scheduler_type="greedy"), "same")
+        resume(lr_scheduler_type="greedy")
+
+
+def test_of_a_checkpoint_without_a_record_nothing_is_claimed(written):
+    checkpoint, resume = written
+    (checkpoint / "settings.json").unlink()
+    described = describe_settings({}, resume(learning_rate=0.5))
+    assert described["learning_rate"] == "not recorded; from step 4: 0.5"
+    assert "chunk_tokens" not in described
 
 
 def test_a_digest_tells_weights_of_one_shape_apart(model):

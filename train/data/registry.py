@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import get_logger
 
+from nvembed.modeling_nvembed import check_characters
 from nvembed.train.data import classification, retrieval, sts, triplets
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.tables import columns_of, find_file
@@ -56,6 +57,8 @@ class DatasetSource:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (name in ("samples", "weight") and isinstance(value, bool)):
                 raise ValueError(f"datasets: {name} is {value!r} of type {type(value).__name__} in {self}")
+        for name in ("instruction", "name"):
+            check_characters(getattr(self, name) or "", f"datasets: {name} of {self.path}")
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"{self.path}: kind is {self.kind!r}; known kinds are {', '.join(sorted(KINDS))}")
         if self.samples is not None and self.samples < 1:
@@ -278,6 +281,12 @@ def write_tables(
     os.replace(partial, folder)
 
 
+def provenance(output_dir: str) -> dict | None:
+    """What the triplets of a run were made of: settings, and each source with its files' digests."""
+    file = Path(output_dir, "triplets", "made_of.json")
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
 def account(source: DatasetSource) -> dict:
     """What a source's table is made of: its entry, and the SHA-256 of each local file, wherever that lies."""
     if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
@@ -321,7 +330,9 @@ def write_table(path: Path, records: Iterable[dict]) -> None:
 def iterate_triplets(
     source: DatasetSource, num_negatives: int, seed: int = 0, instruction: str | None = None
 ) -> Iterator[dict]:
-    """The triplets of one source, each with all columns of `TRIPLET_FEATURES`.
+    """The triplets of one source, each with all columns of `TRIPLET_FEATURES` but the scores, where there are none.
+
+    How many negatives are missing is logged at the end.
 
     Raises:
         ValueError: the source gives none, or neither it nor a row nor `instruction` has an instruction.
@@ -330,7 +341,7 @@ def iterate_triplets(
     usual = {"dataset": source.name, "instruction": instruction, "symmetric": kind.symmetric}
     asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
     asked = {column: value for column, value in asked.items() if value is not None}
-    empty = True
+    rows = ragged = missing = 0
     for record in kind.load(source, num_negatives, seed):
         triplet = {**usual, **record, **asked}
         if triplet["instruction"] is None:
@@ -338,9 +349,15 @@ def iterate_triplets(
                 f"{source.path} has no instruction, which every query carries (paper section 3.1): set `instruction:` "
                 'in its entry, or --instruction for all; "" is for none'
             )
-        empty = False
+        lacking = max(0, num_negatives - len(triplet["negatives"]))
+        rows, ragged, missing = rows + 1, ragged + (lacking > 0), missing + lacking
         yield triplet
-    if empty:
+    if missing:
+        logger.warning(
+            f"{source.path}: {ragged} of {rows} triplets have fewer than num_negatives = {num_negatives} negatives; "
+            f"{missing} of {rows * num_negatives} places stay empty"
+        )
+    if not rows:
         raise ValueError(f"{source.path}: split {source.split!r} gave no triplets; add rows, or leave it out")
 
 

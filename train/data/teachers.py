@@ -1,5 +1,6 @@
 """Who ranks a corpus for mining: BM25 here, an embedding model later."""
 
+import unicodedata
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -51,17 +52,19 @@ CHARACTERS = regex.compile(r"\X")  # a letter with its marks
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, one-letter words included; of a script without spaces, all pairs of neighbours.
+    """The words of a text, one-letter words included; of a script without spaces, its characters and pairs of them.
 
-    Overlapping pairs of characters are how search engines index Chinese, Japanese and Thai without a dictionary.
+    Overlapping pairs are how search engines index Chinese, Japanese and Thai without a dictionary; the characters
+    beside them match words of one character. Full and half width are one (NFKC).
     """
     words = []
-    for run in RUNS.finditer(text):
+    for run in RUNS.finditer(unicodedata.normalize("NFKC", text)):
         if run["unspaced"] is None:
             words.append(run[0])
             continue
         characters = CHARACTERS.findall(run[0])
-        words += map("".join, zip(characters, characters[1:])) if len(characters) > 1 else characters
+        words += characters
+        words += map("".join, zip(characters, characters[1:]))
     return words
 
 

@@ -8,12 +8,14 @@
 | tevatron | `query` | `positive_passages` | `negative_passages`, lists of `title` and `text` | |
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from transformers.utils.logging import get_logger
 
+from nvembed.eval import tables
 from nvembed.eval.retrieval import document_text
 from nvembed.train.data.mine_negatives import add_negatives
 from nvembed.train.data.tables import read_table, sample, text_of
@@ -35,9 +37,7 @@ KNOWN = {*QUERY, *POSITIVE, *NEGATIVES, *SCORES, "instruction", "prompt", "symme
 
 def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dict]:
     """Reads triplets, one at a time, one for each positive; where no row has negatives, they are mined among the
-    positives.
-
-    Rows may have fewer than `num_negatives` negatives; how many are missing is logged once.
+    positives. Rows may have fewer than `num_negatives` negatives.
 
     Raises:
         ValueError: a row lacks a field or has it twice, has an empty text, or another number of scores than texts;
@@ -48,7 +48,7 @@ def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dic
     triplets = (triplet for name, row in read_table(source) for triplet in triplets_of(name, row))
     records = (triplet for position, triplet in enumerate(triplets) if chosen is None or position in chosen)
     if have_negatives:
-        yield from counted(records, source.path, num_negatives)
+        yield from records
     else:
         mined = list(records)
         yield from add_negatives(mined, [record["positive"] for record in mined], num_negatives, seed)
@@ -71,20 +71,6 @@ def survey(source: "DatasetSource") -> tuple[int, bool]:
     return count, have_negatives
 
 
-def counted(triplets: Iterator[dict], path: str, num_negatives: int) -> Iterator[dict]:
-    """The triplets; says at their end how many negatives they lack."""
-    rows = missing = ragged = 0
-    for triplet in triplets:
-        lacking = max(0, num_negatives - len(triplet["negatives"]))
-        rows, ragged, missing = rows + 1, ragged + (lacking > 0), missing + lacking
-        yield triplet
-    if missing:
-        logger.warning(
-            f"{path}: {ragged} of {rows} triplets have fewer than num_negatives = {num_negatives} negatives; "
-            f"{missing} of {rows * num_negatives} places stay empty"
-        )
-
-
 def triplets_of(name: str, row: Mapping) -> list[dict]:
     """The triplets of one row, one for each of its positives.
 
@@ -97,17 +83,18 @@ def triplets_of(name: str, row: Mapping) -> list[dict]:
     if not positives:
         raise ValueError(f'{name}: "{column}" is an empty list; every triplet needs a positive')
     negatives = [text for negative in _negative_columns(row) for text in _texts(row, negative, name)]
-    positive_scores, negative_scores = row.get("pos_scores"), row.get("neg_scores", row.get("negative_scores"))
+    positive_scores = row.get("pos_scores")
+    negative_scores = row.get("neg_scores") if row.get("neg_scores") is not None else row.get("negative_scores")
     if row.get("positive_score") is not None:
         positive_scores = [row["positive_score"]]
-    described = {column: row[column] for column in ("symmetric", "dataset") if row.get(column) is not None}
-    for instruction in ("prompt", "instruction"):
-        if row.get(instruction) is not None:
-            described["instruction"] = row[instruction]
-            if not isinstance(row[instruction], str):
-                raise ValueError(f'{name}: "{instruction}" is {row[instruction]!r}, not a string')
-    if not isinstance(described.get("symmetric", False), bool):
-        raise ValueError(f'{name}: "symmetric" is {row["symmetric"]!r}, not true or false')
+    described = {}
+    for column, meaning in (("prompt", "instruction"), ("instruction", "instruction"), ("dataset", "dataset")):
+        if row.get(column) is not None:
+            described[meaning] = tables.text_of(row, column, name)
+    if row.get("symmetric") is not None:
+        described["symmetric"] = row["symmetric"]
+        if not isinstance(row["symmetric"], bool):
+            raise ValueError(f'{name}: "symmetric" is {row["symmetric"]!r}, not true or false')
     if negative_scores is not None:
         described["negative_scores"] = _scores(negative_scores, negatives, "negatives", name)
     if positive_scores is not None:
@@ -155,7 +142,9 @@ def _texts(row: Mapping, column: str, name: str) -> list[str]:
 
 
 def _scores(scores, texts: list[str], what: str, name: str) -> list[float]:
-    numbers = isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores)
+    numbers = isinstance(scores, list) and all(
+        isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score) for score in scores
+    )
     if not numbers or len(scores) != len(texts):
         raise ValueError(f"{name}: the scores of the {what} are {scores!r}; {len(texts)} numbers are needed")
     return [float(score) for score in scores]
@@ -164,6 +153,8 @@ def _scores(scores, texts: list[str], what: str, name: str) -> list[float]:
 def _looks_like_text(column: str, value) -> bool:
     if NUMBERED_NEGATIVE.fullmatch(column):
         return False
+    if value and isinstance(value, (str, list)) and any(part in column.lower() for part in ("neg", "hard", "passage")):
+        return True  # even of single words
     if isinstance(value, str):
         return not value.isascii() or any(character.isspace() for character in value.strip())
     if isinstance(value, Mapping):
