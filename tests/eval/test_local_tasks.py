@@ -251,6 +251,7 @@ def test_a_change_of_the_data_is_another_revision(data):
         ("tasks: [{type: STS, path: sts, split: dev}]", "no dev.jsonl, .csv or .parquet for task 'sts'; found"),
         ("tasks: [{type: STS, path: pairs}]", r'test.jsonl:1: "score" is missing; found'),
         ("tasks: [{type: Retrieval, path: sts}]", "is not in BEIR layout"),
+        ('tasks: [{type: STS, path: sts, instruction: "a\\0b"}]', "task 1: instruction holds a NUL character"),
         ("tasks: [{type: Reranking, path: retrieval}]", r"top_ranked.test.jsonl is missing"),
     ],
 )
@@ -291,6 +292,10 @@ def test_bad_tasks_files(data, content, words):
         ("clustering", "clustering/test.jsonl", {"sentences": ["a"], "labels": []}, "not lists of the same length"),
         ("reranking", "reranking/test.jsonl", {"query": "a", "positive": [], "negative": ["b"]}, '"positive" is ..; a'),
         ("reranking", "reranking/test.jsonl", {"query": "a", "positive": [1], "negative": ["b"]}, "is 1 of type int"),
+        ("clustering", "clustering/test.jsonl", {"text": "a", "label": "\ud83d"}, 'jsonl:1: "label" holds half of a'),
+        ("clustering", "clustering/test.jsonl", {"sentences": ["\0"], "labels": [1]}, '"sentences" holds a NUL'),
+        ("reranking", "reranking/test.jsonl", {"query": "a", "positive": ["\0"], "negative": ["b"]}, "holds a NUL"),
+        ("sts", "sts/test.jsonl", {"sentence1": "a", "sentence2": "\ud83d", "score": 1}, '"sentence2" holds half of'),
         ("retrieval", "retrieval/corpus.jsonl", {"_id": "d0", "text": "a"}, "names document 'd.+', which does not ex"),
     ],
 )

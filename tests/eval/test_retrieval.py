@@ -39,12 +39,37 @@ def test_beir_folder(beir):
         ),
         ("qrels/test.tsv", "q1\td1\t0\n", "split 'test' of the qrels has no relevant document"),
         ("corpus.jsonl", '{"_id": "d1"}\n', r'corpus.jsonl:1: "text" is missing'),
+        ("corpus.jsonl", '{"_id": "d1", "text": "\\ud83d"}\n', r'corpus.jsonl:1: "text" holds half of a surrogate'),
+        ("corpus.jsonl", '{"_id": "d1", "title": "a\\u0000", "text": "b"}\n', r'corpus.jsonl:1: "title" holds a NUL'),
+        ("corpus.jsonl", '{"_id": "\\ud83d", "text": "b"}\n', r'corpus.jsonl:1: "_id" holds half of a surrogate'),
+        ("queries.jsonl", '{"_id": "q1", "text": "a\\u0000"}\n', r'queries.jsonl:1: "text" holds a NUL'),
     ],
 )
 def test_bad_beir_folders_are_named(beir, file, text, words):
     (beir / file).write_text(text)
     with pytest.raises(ValueError, match=words):
         read_beir(str(beir))
+
+
+def test_qrels_that_are_not_utf8_are_named(beir):
+    (beir / "qrels" / "test.tsv").write_bytes(b"query-id\tcorpus-id\tscore\nq\xff\td1\t1\n")
+    with pytest.raises(ValueError, match=r"test.tsv:2: not UTF-8"):
+        read_beir(str(beir))
+
+
+@pytest.mark.parametrize(
+    ("part", "row", "words"),
+    [
+        ("corpus", {"_id": "d1", "title": "", "text": "a\0"}, r'x\[corpus\]\[0\]: "text" holds a NUL'),
+        ("queries", {"_id": "q1", "text": None}, r'x\[queries\]\[0\]: "text" is None of type NoneType'),
+    ],
+)
+def test_texts_of_the_hub_are_checked_too(monkeypatch, part, row, words):
+    parts = {"corpus": [{"_id": "d1", "text": "a"}], "queries": [{"_id": "q1", "text": "b"}], "default": []}
+    parts[part] = [row]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: parts[config])
+    with pytest.raises(ValueError, match=words):
+        read_beir("owner/x")
 
 
 def test_a_hub_dataset_in_mteb_layout(tmp_path):

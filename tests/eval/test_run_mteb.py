@@ -430,3 +430,14 @@ def test_bad_numbers(field, value):
 def test_mtebs_version_is_in_the_summary(arguments, data):
     (data / "tasks.yaml").write_text("tasks: [{type: STS, path: sts}]")
     assert run(arguments())["mteb"] == mteb.__version__
+
+
+def test_no_more_tokens_than_the_decoder_has_positions(checkpoint, tmp_path, sentences, caplog):
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    model.config.text_config.max_position_embeddings = 16
+    model.save_pretrained(tmp_path / "few")
+    loaded = load_model(str(tmp_path / "few"), max_length=100)
+    assert loaded.max_length == 16, "so results say"
+    assert "texts are cut at the decoder's 16 positions" in caplog.text
+    expected = NVEmbedModel.from_pretrained(checkpoint).encode([" ".join(sentences)], max_length=16).numpy()
+    assert loaded.embed([" ".join(sentences)], "") == pytest.approx(expected, abs=1e-6)

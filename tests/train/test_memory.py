@@ -6,6 +6,11 @@ import sys
 
 import pytest
 
+from nvembed import NVEmbedModel
+from nvembed.train.arguments import Stage1Arguments
+from nvembed.train.memory import PRIMITIVE_CACHE, ReturnFreedMemory, limit_primitive_cache
+from nvembed.train.trainer import EmbeddingTrainer
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_returned_every_few_steps():
@@ -37,9 +42,13 @@ print(held - before, kept - before, resident() - before)
     assert returned < 0.2 * held
 
 
-def test_a_limit_of_the_users_stays(monkeypatch):
-    from nvembed.train.memory import PRIMITIVE_CACHE, limit_primitive_cache
+def test_the_trainer_returns_memory(tmp_path, checkpoint):
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    trainer = EmbeddingTrainer(model=model, args=Stage1Arguments(str(tmp_path), use_cpu=True))
+    assert any(isinstance(callback, ReturnFreedMemory) for callback in trainer.callback_handler.callbacks)
 
+
+def test_a_limit_of_the_users_stays(monkeypatch):
     name, limit = PRIMITIVE_CACHE
     monkeypatch.delenv(name, raising=False)
     limit_primitive_cache()

@@ -247,6 +247,10 @@ def test_samples_are_a_fixed_choice(labelled):
             r'bad.jsonl:1: "negatives\[1\]" holds half',
         ),
         (['{"query": "q", "positive": "a\\u0000b"}'], r'bad.jsonl:1: "positive" holds a NUL character at position 1'),
+        (['{"query": "q", "positive": "p", "instruction": "\\ud83d"}'], r'bad.jsonl:1: "instruction" holds half'),
+        (['{"query": "q", "pos": ["p"], "prompt": "\\u0000"}'], r'bad.jsonl:1: "prompt" holds a NUL'),
+        (['{"query": "q", "positive": "p", "dataset": 5}'], r'bad.jsonl:1: "dataset" is 5 of type int'),
+        (['{"query": "q", "positive": "p", "positive_score": NaN}'], r"bad.jsonl:1: the scores of the positives are"),
         (['{"text": "\\ud83d", "label": "a"}'], r'bad.jsonl:1: "text" holds half of a surrogate pair'),
         (['{"text": "t", "label": "\\ud83d"}'], r'bad.jsonl:1: "label" holds half of a surrogate pair'),
         (['{"sentence1": "a\\u0000", "sentence2": "b", "score": 5}'], r'bad.jsonl:1: "sentence1" holds a NUL'),
@@ -270,6 +274,8 @@ def test_bad_files_are_named_with_their_line(tmp_path, lines, words):
 def test_bad_sources_are_named(tmp_path, beir):
     with pytest.raises(ValueError, match="kind is 'retrieve'; known kinds are classification, clustering"):
         DatasetSource("x", "retrieve")
+    with pytest.raises(ValueError, match="datasets: instruction of x holds a NUL character"):
+        DatasetSource("x", instruction="a\0b")
     with pytest.raises(ValueError, match="samples is 0"):
         DatasetSource("x", samples=0)
     with pytest.raises(ValueError, match="datasets is empty"):
