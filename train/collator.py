@@ -22,7 +22,7 @@ class TripletCollator:
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
     "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.modeling_nvembed.pack`), queries,
-    positives and negatives alike, the longest first. Their embeddings, concatenated in order, hold the query of row i
+    positives and negatives alike, the longest in the last. Their embeddings, concatenated in order, hold the query of row i
     at `query_index[i]` and its j-th passage at `passage_index[i, j]`, the positive first. A row with fewer than
     `num_negatives` negatives has identity `NO_TEXT` (and index 0) in the empty slots. `datasets[i]` names row i's.
 
@@ -72,7 +72,8 @@ class TripletCollator:
         instructions, texts = zip(*position)
         tokenized = tokenize(self.tokenizer, self.config, list(texts), list(instructions), self.max_length)
         lengths = [len(text.input_ids) for text in tokenized]
-        chunks = list(length_sorted_batches(lengths, self.chunk_tokens or sum(lengths)))
+        # The one that is not full comes first: the last is embedded once, all others twice (see gradient_cache).
+        chunks = list(length_sorted_batches(lengths, self.chunk_tokens or sum(lengths)))[::-1]
         rank_of = torch.empty(len(tokenized), dtype=torch.long)  # place in `position` -> row of the embeddings
         rank_of[[i for chunk in chunks for i in chunk]] = torch.arange(len(tokenized))
         return {
