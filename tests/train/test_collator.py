@@ -60,7 +60,8 @@ def test_chunks_keep_to_the_budget_and_hold_each_text_once(model, sentences):
     assert sum(map(len, lengths)) == len(set(texts[:7])), "a text that occurs twice is embedded once"
     assert all(sum(chunk) <= 150 for chunk in lengths)
     assert len(lengths) > 1
-    flat = [length for chunk in lengths for length in chunk]
+    assert sum(lengths[-1]) + lengths[-2][0] > 150, "the last, which is embedded once, is full"
+    flat = [length for chunk in reversed(lengths) for length in chunk]
     assert flat == sorted(flat, reverse=True)
     whole = TripletCollator(model.tokenizer, model.config, 256, num_negatives=1)(triplets)["chunks"]
     assert [chunk["lengths"] for chunk in whole] == [flat]
