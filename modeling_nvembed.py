@@ -1173,7 +1173,7 @@ def _name_in_wrapper(key: str, in_full: list[str]) -> str:
     """The name of a weight in the copy of its module that peft trains, or in DoRA's layer."""
     prefix = "base_model.model."
     if key.endswith(".lora_magnitude_vector"):
-        return f"{key}.default.weight"
+        return f"{key}.weight"  # transformers puts the adapter's name between
     for name in in_full:
         if key.startswith(f"{prefix}{name}."):
             return f"{prefix}{name}.modules_to_save.default.{key.removeprefix(f'{prefix}{name}.')}"
