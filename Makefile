@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: quickstart test test-versions test-cuda-shapes lint
 
 quickstart: .venv/installed
-	.venv/bin/python train/quickstart.py
+	.venv/bin/python train/quickstart/run.py
 
 test: .venv/installed
 	.venv/bin/python -m pytest
@@ -18,6 +18,7 @@ test-cuda-shapes: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 
 # air-benchmark goes without its dependency pytrec_eval, which does not build everywhere; pytrec-eval-terrier among the
 # requirements is the same module.

@@ -5,7 +5,6 @@ arXiv 2405.17428. Modules carry the names of the released weights. The file foll
 layout in memory, decoder, pooling, tokens, model, `encode`; the sentence-transformers module comes last.
 """
 
-import inspect
 import json
 import math
 from collections import deque
@@ -13,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from itertools import groupby
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -30,129 +27,28 @@ from transformers.utils import ModelOutput, cached_file, find_adapter_config_fil
 from transformers.utils.logging import tqdm
 
 from .configuration_nvembed import BidirectionalMistralConfig, LatentAttentionConfig, NVEmbedConfig
+from .texts_nvembed import (
+    PackedLayout,
+    PaddedLayout,
+    TokenizedText,
+    check_characters,
+    check_number,
+    check_texts,
+    length_sorted_batches,
+    load_tokenizer,
+    pack,
+    pad,
+    save_tokenizer,
+    tokenize,
+)
 
 
-try:  # attention over texts of different lengths laid end to end, CUDA only
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
-except ImportError:
-    try:
-        from flash_attn import flash_attn_varlen_func as varlen_attn
-    except ImportError:
-        varlen_attn = None
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
-VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 logger = logging.get_logger(__name__)
 
 # Texts tokenized and sorted at once: many batches, so that sorting helps, and few enough to tokenize in a second.
 WINDOW_TEXTS = 4096
-
-
-# --- Layout: how the texts of a batch lie in memory ------------------------------------------------------------------
-
-
-class PaddedTexts:
-    """Texts as rows `[batch, tokens]`, the shorter ones padded on the right."""
-
-    def __init__(self, tokens: int, attention_mask: Tensor | None = None):
-        self.tokens = tokens
-        self.mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-
-    def positions(self, device: torch.device) -> Tensor:
-        return torch.arange(self.tokens, device=device)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each row without its padding; `[batch, tokens, heads, head_dim]`, k and v of maybe fewer."""
-        mask = None if self.mask is None else self.mask.to(q.device)
-        k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
-        if is_causal and mask is not None:
-            mask, is_causal = mask & mask.new_ones(self.tokens, self.tokens).tril(), False
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).transpose(1, 2)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Over the tokens of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
-        return x.sum(1)
-
-    def last(self, x: Tensor) -> Tensor:
-        """The last token of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
-        if self.mask is None:
-            return x[:, -1]
-        ends = self.mask[:, 0, 0].sum(-1).to(x.device)
-        return x[torch.arange(len(x), device=x.device), ends - 1]
-
-
-class PackedTexts:
-    """Texts laid end to end, `[tokens]`: no padding, so no work on it.
-
-    Args:
-        lengths: tokens of each text. Neighbours of one length share an attention call where there is no kernel for
-            variable lengths, so texts should come sorted by length.
-    """
-
-    def __init__(self, lengths: list[int]):
-        self.lengths = lengths
-        self._cumulative: Tensor | None = None
-
-    def positions(self, device: torch.device) -> Tensor:
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(device, non_blocking=True)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each text; `[tokens, heads, head_dim]`, k and v maybe of fewer heads."""
-        if has_varlen_kernel(q, is_causal) and not dropout:
-            ends, longest = self._ends(q.device), max(self.lengths)
-            # flash-attn shares keys among the heads of a group by itself, torch from 2.13 on, when asked to.
-            if not VARLEN_OPTIONS & {"causal", "enable_gqa"}:
-                k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
-            options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])
-            return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
-        k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
-        out, start = [], 0
-        for length, run in groupby(self.lengths):
-            texts = sum(1 for _ in run)
-            rows = (x.narrow(0, start, texts * length).unflatten(0, (texts, length)).transpose(1, 2) for x in (q, k, v))
-            attended = F.scaled_dot_product_attention(*rows, None, dropout, is_causal)
-            out.append(attended.transpose(1, 2).flatten(0, 1))
-            start += texts * length
-        return torch.cat(out)
-
-    def _ends(self, device: torch.device) -> Tensor:
-        """0 and the position behind each text, int32 `[texts + 1]`: made once a batch, kept for all layers."""
-        if self._cumulative is None or self._cumulative.device != device:
-            ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
-            self._cumulative = ends.to(device, non_blocking=True)
-        return self._cumulative
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Over the tokens of each text: `[tokens, ...]` to `[texts, ...]`."""
-        return torch.stack([text.sum(0) for text in x.split(self.lengths)])
-
-    def last(self, x: Tensor) -> Tensor:
-        """The last token of each text: `[tokens, ...]` to `[texts, ...]`."""
-        return x.index_select(0, self._ends(x.device).narrow(0, 1, len(self.lengths)) - 1)
-
-
-def has_varlen_kernel(q: Tensor, is_causal: bool) -> bool:
-    half, fits = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1] <= 256
-    known = bool(varlen_attn) and (not is_causal or bool(VARLEN_OPTIONS & {"causal", "is_causal", "window_size"}))
-    return known and q.is_cuda and half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def varlen_options(is_causal: bool, is_grouped: bool) -> dict[str, bool | tuple[int, int]]:
-    """How this version of the kernel is told of a causal mask and of grouped heads."""
-    options: dict[str, bool | tuple[int, int]] = {}
-    if is_grouped and "enable_gqa" in VARLEN_OPTIONS:
-        options["enable_gqa"] = True
-    if is_causal:
-        name = next(name for name in ("causal", "is_causal", "window_size") if name in VARLEN_OPTIONS)
-        options[name] = (-1, 0) if name == "window_size" else True  # no limit to the left, nothing to the right
-    return options
-
-
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values `[..., kv_heads, head_dim]`, each repeated for the query heads that share it."""
-    # Not `enable_gqa` of scaled_dot_product_attention: with a mask it has no fused kernel on CUDA.
-    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
@@ -292,11 +188,13 @@ class MistralAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, texts: PaddedTexts | PackedTexts, is_causal: bool) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PaddedLayout | PackedLayout, is_causal: bool
+    ) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # Under autocast the states are fp32, and so are cos and sin; attention takes the projections' dtype.
         q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # [..., tokens, heads, head_dim]
-        out = texts.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
+        out = layout.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
         return self.o_proj(out.flatten(-2))
 
 
@@ -320,8 +218,10 @@ class MistralDecoderLayer(nn.Module):
         self.input_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, texts: PaddedTexts | PackedTexts, is_causal: bool) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, texts, is_causal)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PaddedLayout | PackedLayout, is_causal: bool
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, is_causal)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -338,22 +238,22 @@ class BidirectionalMistralModel(nn.Module):
         self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, input_ids: Tensor, texts: PaddedTexts | PackedTexts | None = None) -> Tensor:
-        """Token ids `[batch, tokens]` or `[tokens]`, as `texts` says, to states of that shape, `[..., hidden]`.
+    def forward(self, input_ids: Tensor, layout: PaddedLayout | PackedLayout | None = None) -> Tensor:
+        """Token ids `[batch, tokens]` or `[tokens]`, as `layout` says, to states of that shape, `[..., hidden]`.
 
-        Without `texts` every row is one text without padding.
+        Without `layout` every row is one text without padding.
         """
-        texts = texts or PaddedTexts(input_ids.shape[-1])
+        layout = layout or PaddedLayout(input_ids.shape[-1])
         x = self.embed_tokens(input_ids)
         frequencies, scaling = inverse_frequencies(self.config, x.device)
-        angles = torch.outer(texts.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
+        angles = torch.outer(layout.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
         cos, sin = ((scaling * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin))
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [tokens, 1, head_dim]
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, texts, self.mask_type == "c", use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, layout, self.mask_type == "c", use_reentrant=False)
             else:
-                x = layer(x, cos, sin, texts, self.mask_type == "c")
+                x = layer(x, cos, sin, layout, self.mask_type == "c")
         return self.norm(x)
 
 
@@ -367,25 +267,25 @@ class MeanPooling(nn.Module):
         super().__init__()
         self.output_normalize = config.output_normalize
 
-    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
-        """States `[batch, tokens, hidden]` or `[tokens, hidden]`, as `texts` says, to states of the same shape."""
+    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+        """States `[batch, tokens, hidden]` or `[tokens, hidden]`, as `layout` says, to states of the same shape."""
         return states
 
-    def pool(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
-        """States and the mask of those that count, laid out as `texts` says, to fp32 embeddings `[texts, hidden]`."""
-        embeddings = self.reduce(states, pool_mask, texts)
+    def pool(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+        """States and the mask of those that count, laid out as `layout` says, to fp32 embeddings `[texts, hidden]`."""
+        embeddings = self.reduce(states, pool_mask, layout)
         return F.normalize(embeddings, dim=-1) if self.output_normalize else embeddings
 
-    def reduce(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+    def reduce(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         weights = pool_mask.to(states.device).unsqueeze(-1).float()
-        return texts.sum(states * weights) / texts.sum(weights)
+        return layout.sum(states * weights) / layout.sum(weights)
 
 
 class EosPooling(MeanPooling):
     """The state of the last token, `</s>` (a text that `max_length` cut may end on another)."""
 
-    def reduce(self, states: Tensor, pool_mask: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
-        return texts.last(states).float()
+    def reduce(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+        return layout.last(states).float()
 
 
 class ResidualOutput(nn.Linear):
@@ -403,11 +303,11 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * inner, bias=False)
         self.to_out = ResidualOutput(inner, config.hidden_dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
-        """`x` `[..., tokens, hidden]`, `context` `[..., keys, width]`, both laid out as `texts` says."""
+    def forward(self, x: Tensor, context: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+        """`x` `[..., tokens, hidden]`, `context` `[..., keys, width]`, both laid out as `layout` says."""
         q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        return self.to_out(texts.attend(q, k, v).flatten(-2))
+        return self.to_out(layout.attend(q, k, v).flatten(-2))
 
 
 class GEGLU(nn.Module):
@@ -449,17 +349,17 @@ class LatentAttention(MeanPooling):
         )
         self.latents = nn.Parameter(torch.empty(config.num_latents_value, config.latent_dim))
 
-    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         attend, feed = self.cross_attend_blocks
         context = attend.norm_context(self.latents).unsqueeze(0)
         # Every token of every text meets the same latents: the batch is one long row, its keys are computed once.
         x = states.flatten(0, -2).unsqueeze(0)
-        x = x + attend.fn(attend.norm(x), context, PaddedTexts(x.shape[1]))
+        x = x + attend.fn(attend.norm(x), context, PaddedLayout(x.shape[1]))
         x = x + feed.fn(feed.norm(x))
         return x.view_as(states)
 
 
-class WideLinear(nn.Linear):
+class Float32Linear(nn.Linear):
     """Computes in fp32 whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -481,11 +381,11 @@ class FoldedLatentAttention(MeanPooling):
         self.heads = config.num_cross_heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         # In fp32, as the fused attention of the unfolded form has its scores: rounded to bf16, large ones lose most.
-        self.to_scores = WideLinear(dim, scores)
+        self.to_scores = Float32Linear(dim, scores)
         self.to_out = nn.Linear(scores, dim, bias=False)
         self.feed = PreNorm(dim, FeedForward(dim))
 
-    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         if self.training:
             raise RuntimeError("the latent attention is folded, which is for evaluation: train the unfolded checkpoint")
         scores = self.to_scores(self.norm(states.float())).unflatten(-1, (self.heads, -1))
@@ -528,10 +428,10 @@ class SelfAttention(MeanPooling):
         dim = config.hidden_dim
         self.self_attend_blocks = nn.ModuleList([PreNorm(dim, Attention(config, dim)), PreNorm(dim, FeedForward(dim))])
 
-    def forward(self, states: Tensor, texts: PaddedTexts | PackedTexts) -> Tensor:
+    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         attend, feed = self.self_attend_blocks
         normed = attend.norm(states)
-        states = states + attend.fn(normed, normed, texts)
+        states = states + attend.fn(normed, normed, layout)
         return states + feed.fn(feed.norm(states))
 
 
@@ -541,171 +441,6 @@ POOLINGS = {
     "eos": EosPooling,
     "self_attention": SelfAttention,
 }
-
-
-# --- Text -> tensors: shared by `encode` and by the training collator -----------------------------------------------
-
-
-def format_instruction(task: str) -> str:
-    """A task definition as the prefix of a query (paper section 3.1); no task, no prefix."""
-    return f"Instruct: {task}\nQuery: " if task else ""
-
-
-@dataclass
-class TokenizedText:
-    """Token ids of instruction + text, of which the first `instruction_length` are left out of the pooling."""
-
-    input_ids: list[int]
-    instruction_length: int
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerFast,
-    config: NVEmbedConfig,
-    texts: list[str],
-    instructions: list[str],
-    max_length: int,
-) -> list[TokenizedText]:
-    """Tokenizes `instructions[i] + texts[i]`, cut to `max_length` tokens, or to the decoder's positions if fewer.
-
-    The instruction's length is that of the released code: its tokens alone, without `<s>`. `<s>` makes up for the
-    last of them, the space behind "Query:", which joins the first word of the text.
-
-    Raises:
-        ValueError: `max_length` is no positive integer, or an instruction fills it and leaves no text to pool.
-    """
-    check_number("max_length", max_length)
-    positions = config.text_config.max_position_embeddings
-    asked, max_length = max_length, min(max_length, positions)
-    end = tokenizer.eos_token if config.add_eos else ""
-    full = [instruction + text + end for instruction, text in zip(instructions, texts, strict=True)]
-    encoded = tokenizer(full, max_length=max_length, truncation=True)
-    rows = encoded["input_ids"]
-    if max_length < asked and any(
-        len(row) == max_length and encoding.overflowing for row, encoding in zip(rows, encoded.encodings)
-    ):
-        logger.warning_once(
-            f"A text is longer than the decoder's {positions} positions (max_position_embeddings) and is cut there, "
-            f"not at max_length {asked}."
-        )
-    _warn_of_doubled_ends(tokenizer, texts, rows)
-    lengths = {"": 0}
-    if config.is_mask_instruction:
-        lengths |= {prefix: len(tokenizer.tokenize(prefix)) for prefix in set(instructions) if prefix}
-    for row, prefix, text, whole in zip(rows, instructions, texts, full):
-        left = len(row) - lengths.get(prefix, 0)
-        # Of a cut row a few tokens may be left and still none of the text: the prefix's last space, `</s>`.
-        is_cut = lengths.get(prefix) and text and len(row) == max_length and left <= 3
-        if left < 1 or (is_cut and not _holds_text(tokenizer, whole, len(prefix), max_length)):
-            raise ValueError(
-                f"the instruction {prefix!r} is {lengths[prefix]} tokens long and max_length is {max_length}: "
-                "no token of the text is left to pool; raise max_length or shorten the instruction"
-            )
-    return [TokenizedText(row, lengths.get(prefix, 0)) for row, prefix in zip(rows, instructions)]
-
-
-def _warn_of_doubled_ends(tokenizer: PreTrainedTokenizerFast, texts: list[str], rows: list[list[int]]) -> None:
-    end = tokenizer.eos_token
-    if end and any(text.endswith(end) and row[-2:] == 2 * [row[-1]] for text, row in zip(texts, rows)):
-        logger.warning_once(
-            f"A text ends in {end}, which is appended to every text already, and now stands there twice: leave it out "
-            "(the released sentence-transformers recipe adds it by hand), or the embedding changes."
-        )
-
-
-def _holds_text(tokenizer: PreTrainedTokenizerFast, whole: str, prefix_length: int, max_length: int) -> bool:
-    spans = tokenizer(whole, max_length=max_length, truncation=True, return_offsets_mapping=True)["offset_mapping"]
-    return any(end > prefix_length for _, end in spans)
-
-
-def pad(texts: list[TokenizedText], pad_token_id: int) -> dict[str, Tensor]:
-    """Pads on the right: `input_ids`, `attention_mask` and `pool_mask`, each `[texts, longest]`."""
-    lengths = torch.tensor([len(text.input_ids) for text in texts])
-    instruction_lengths = torch.tensor([text.instruction_length for text in texts])
-    longest = int(lengths.max())
-    input_ids = torch.tensor([text.input_ids + [pad_token_id] * (longest - len(text.input_ids)) for text in texts])
-    positions = torch.arange(longest)
-    attention_mask = positions < lengths[:, None]
-    pool_mask = attention_mask & (positions >= instruction_lengths[:, None])
-    return {"input_ids": input_ids, "attention_mask": attention_mask.long(), "pool_mask": pool_mask.long()}
-
-
-def pack(texts: list[TokenizedText]) -> dict[str, Tensor | list[int]]:
-    """Lays texts end to end: `input_ids` and `pool_mask`, each `[tokens]`, and the `lengths` of the texts."""
-    input_ids = torch.tensor([token for text in texts for token in text.input_ids])
-    lengths = [len(text.input_ids) for text in texts]
-    pool_mask = torch.ones_like(input_ids)
-    start = 0
-    for text, length in zip(texts, lengths):
-        pool_mask[start : start + text.instruction_length] = 0
-        start += length
-    return {"input_ids": input_ids, "pool_mask": pool_mask, "lengths": lengths}
-
-
-def length_sorted_batches(lengths: list[int], batch_tokens: int, batch_size: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each of at most `batch_tokens` tokens, `batch_size` texts.
-
-    A text longer than `batch_tokens` makes a batch of its own.
-    """
-    batch, tokens = [], 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (tokens + lengths[index] > batch_tokens or len(batch) == batch_size):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += lengths[index]
-    if batch:
-        yield batch
-
-
-def check_number(name: str, value: int, largest: int | None = None) -> None:
-    """Raises a `ValueError` that names the argument unless it is an integer from 1 to `largest`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1 or (largest and value > largest):
-        raise ValueError(
-            f"{name} is {value!r}; it must be a whole number, {f'1 to {largest}' if largest else '1 or more'}"
-        )
-
-
-def check_texts(texts: Iterable[str]) -> list[str]:
-    """The texts as a list, each one such that a tokenizer can read it.
-
-    Raises:
-        TypeError: `texts` is a single string, or holds something else than strings.
-        ValueError: no texts; a NUL character or half of a surrogate pair in one.
-        RuntimeError: the iterable raised; the error names how far it came.
-    """
-    if isinstance(texts, str):
-        raise TypeError(f"prompts is the string {texts[:40]!r}; encode takes a list: encode([text])")
-    if not isinstance(texts, Iterable) or isinstance(texts, (bytes, dict)):
-        raise TypeError(f"prompts is of type {type(texts).__name__}; encode takes a list of strings")
-    checked: list[str] = []
-    try:
-        checked.extend(texts)
-    except Exception as error:  # `extend` keeps what came before it
-        raise RuntimeError(f"prompts[{len(checked)}] could not be read: the iterable raised {error!r}") from error
-    if len(checked) == 0:
-        raise ValueError("prompts is an empty list; encode needs at least one text")
-    for position, text in enumerate(checked):
-        if not isinstance(text, str):
-            raise TypeError(f"prompts[{position}] is {text!r} of type {type(text).__name__}, not a string")
-        check_characters(text, f"prompts[{position}]")
-    return checked
-
-
-def check_characters(text: str, name: str) -> None:
-    """Raises a `ValueError` for what no tokenizer reads, or reads as no text was meant; `name` is the text's in it."""
-    if "\0" in text:
-        raise ValueError(
-            f"{name} holds a NUL character at position {text.index(chr(0))}, as broken extractions do; "
-            'take it out: text.replace("\\0", "")'
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} holds half of a surrogate pair, {text[error.start]!r}, at position {error.start}; "
-            'mend it: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
-        ) from None
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -784,11 +519,11 @@ class NVEmbedModel(PreTrainedModel):
             return_dict: False for a tuple of one tensor.
         """
         check_not_wrapped(self)
-        texts = PaddedTexts(input_ids.shape[-1], attention_mask) if lengths is None else PackedTexts(lengths)
-        states = self.latent_attention_model(self.embedding_model(input_ids, texts), texts)
+        layout = PaddedLayout(input_ids.shape[-1], attention_mask) if lengths is None else PackedLayout(lengths)
+        states = self.latent_attention_model(self.embedding_model(input_ids, layout), layout)
         if pool_mask is None:
             return NVEmbedModelOutput(states, states) if return_dict else (states,)
-        embeddings = self.latent_attention_model.pool(states, pool_mask, texts)
+        embeddings = self.latent_attention_model.pool(states, pool_mask, layout)
         return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
 
     def fold_latent_attention(self) -> "NVEmbedModel":
@@ -929,15 +664,15 @@ class NVEmbedModel(PreTrainedModel):
             yield ahead.result()
 
     def _embed(
-        self, texts: list[TokenizedText], batch_tokens: int, batch_size: int | None, position: int, progress
+        self, tokenized: list[TokenizedText], batch_tokens: int, batch_size: int | None, position: int, progress
     ) -> tuple[Tensor, int]:
         """Unnormalized embeddings `[texts, hidden]`, and the budget that memory allowed; `position`: of the first."""
-        lengths = [len(text.input_ids) for text in texts]
-        embeddings = torch.empty(len(texts), self.config.hidden_size, device=self._batch_device())
+        lengths = [len(text.input_ids) for text in tokenized]
+        embeddings = torch.empty(len(tokenized), self.config.hidden_size, device=self._batch_device())
         batches = deque(length_sorted_batches(lengths, batch_tokens, batch_size))
         while batches:
             try:
-                embeddings[batches[0]] = self._embed_batch([texts[i] for i in batches[0]])
+                embeddings[batches[0]] = self._embed_batch([tokenized[i] for i in batches[0]])
                 progress.update(len(batches.popleft()))
                 continue
             except Exception as error:
@@ -957,15 +692,15 @@ class NVEmbedModel(PreTrainedModel):
             torch.cuda.empty_cache()  # does nothing without CUDA
         return embeddings, batch_tokens
 
-    def _embed_batch(self, texts: list[TokenizedText]) -> Tensor:
-        features, device = pack(texts), self._batch_device()
+    def _embed_batch(self, tokenized: list[TokenizedText]) -> Tensor:
+        features, device = pack(tokenized), self._batch_device()
         for name in ("input_ids", "pool_mask"):
             if device.type == "cuda":
                 features[name] = features[name].pin_memory()
             features[name] = features[name].to(device, non_blocking=True)
         lengths = features["lengths"]
         states = self(features["input_ids"], lengths=lengths).last_hidden_state
-        return self.latent_attention_model.reduce(states, features["pool_mask"], PackedTexts(lengths)).to(device)
+        return self.latent_attention_model.reduce(states, features["pool_mask"], PackedLayout(lengths)).to(device)
 
     def _batch_device(self) -> torch.device:
         """The parameters' device; where offloading keeps the first of them away, the one that computes."""
@@ -1045,7 +780,7 @@ class NVEmbedModel(PreTrainedModel):
         """Writes a folder that loads anywhere: safetensors, config, the two code files, tokenizer, and what
         sentence-transformers wants to know."""
         if kwargs.get("is_main_process", True):
-            part_from_links(save_directory)
+            unlink_hard_links(save_directory)
             save_tokenizer(self.tokenizer, save_directory)
             save_sentence_transformers_files(self.config, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -1112,7 +847,7 @@ def find_damaged_file(folder: str) -> Path | None:
     return None
 
 
-def part_from_links(folder: str) -> None:
+def unlink_hard_links(folder: str) -> None:
     """Takes weights about to be overwritten out of the folder if they are hard links.
 
     safetensors before 0.8 writes into the file that is there, which is the released one in a folder that
@@ -1178,46 +913,6 @@ def _name_in_wrapper(key: str, in_full: list[str]) -> str:
         if key.startswith(f"{prefix}{name}."):
             return f"{prefix}{name}.modules_to_save.default.{key.removeprefix(f'{prefix}{name}.')}"
     return key
-
-
-def load_tokenizer(
-    name_or_path: str, add_pad_token: bool, vocab_size: int | None = None, **hub_options
-) -> PreTrainedTokenizerFast:
-    """The checkpoint's own `tokenizer.json`, as it is, padding on the right.
-
-    Not through `AutoTokenizer`: the class that the released checkpoints name, `LlamaTokenizer`, rebuilds its
-    normalizer in transformers 5 and tokenizes differently.
-
-    Args:
-        vocab_size: rows of the token embedding; a pad token beyond them gives way to `</s>`.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, padding_side="right", **hub_options)
-    except Exception as error:  # tokenizers raises bare ones
-        raise ValueError(f"the tokenizer.json of {name_or_path} is missing or damaged ({error})") from error
-    if tokenizer.pad_token is None and add_pad_token:
-        tokenizer.pad_token = tokenizer.eos_token
-    if vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: str) -> None:
-    """Writes the tokenizer so that any transformers from 4.51 on reads it; transformers 5 alone would not."""
-    if tokenizer is None:
-        return
-    tokenizer.save_pretrained(folder)
-    path = Path(folder, "tokenizer_config.json")
-    settings = json.loads(path.read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
-    if not settings.get("extra_special_tokens"):
-        settings.pop("extra_special_tokens", None)  # an empty list, where 4 wants a dictionary
-    for how_it_was_loaded in ("backend", "is_local", "local_files_only"):
-        settings.pop(how_it_was_loaded, None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save_sentence_transformers_files(config: NVEmbedConfig, folder: str) -> None:
@@ -1363,7 +1058,7 @@ class NVEmbedTransformer(nn.Module):
                 if root != folder:
                     custom_object_save(self.auto_model, str(root))
                 break
-        part_from_links(output_path)
+        unlink_hard_links(output_path)
         save_tokenizer(self.tokenizer, output_path)
         PreTrainedModel.save_pretrained(self.auto_model, output_path)
 

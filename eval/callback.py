@@ -9,16 +9,15 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from mteb.abstasks import AbsTask
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.measure import measure
-from nvembed.eval.models import MAX_LENGTH, LoadedModel, TaskEncoder, embed_with
+from nvembed.eval.models import MAX_LENGTH, LoadedModel, embed_with
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import summarize
-from nvembed.eval.select_tasks import instructions_for
+from nvembed.eval.sharding import is_sharded
+from nvembed.eval.tasks.lookup import instructions_for
 
 
 class LocalTasksCallback(TrainerCallback):
@@ -74,13 +73,6 @@ class LocalTasksCallback(TrainerCallback):
         if dist.is_initialized():
             dist.broadcast_object_list(scores, src=0)
         return scores[0]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass needs all processes: FSDP, FSDP2, DeepSpeed ZeRO-3."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
-    )
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from tqdm import tqdm
 
-from nvembed.eval.models import TaskEncoder
-from nvembed.eval.select_tasks import with_parts
+from nvembed.eval.encoder import TaskEncoder
+from nvembed.eval.tasks.lookup import with_parts
 
 
 logger = logging.getLogger(__name__)
@@ -126,5 +126,5 @@ def unreachable(what: str, error: Exception | str) -> ConnectionError:
         f"{what}: the data is neither in the cache nor to be had from {constants.ENDPOINT} ({error}). Without a "
         "connection: copy the data set's repository to a folder of its name below the working directory, such as "
         "./mteb/scifact, which is taken first; or fill the cache on another machine and set HF_HOME to it; or measure "
-        "data of your own (eval/local_tasks.py). What is done is kept: run again to go on."
+        "data of your own (eval/tasks/local.py). What is done is kept: run again to go on."
     )

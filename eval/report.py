@@ -18,6 +18,7 @@ from statistics import fmean
 
 from huggingface_hub import ModelCardData
 
+from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.results import category_averages, eval_results
 
 
@@ -185,13 +186,6 @@ def task_rows(comparison: Comparison) -> list[list[str]]:
 
 def _percent(score: float | None) -> str:
     return "-" if score is None else f"{score:.2f}"
-
-
-def markdown_table(rows: list[list[str]], text_columns: int = 1) -> str:
-    header, *body = rows
-    rule = ["---" if i < text_columns else "---:" for i in range(len(header))]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, rule, *body]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
 def csv_table(rows: list[list[str]]) -> str:

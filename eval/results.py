@@ -10,7 +10,6 @@ summary.json                      scores, category averages, average
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -21,21 +20,14 @@ from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-from nvembed.eval.instructions import TaskInstruction
-from nvembed.eval.models import LoadedModel, digest_files
+from nvembed.eval.files import digest_files, write_json
+from nvembed.eval.models import LoadedModel
+from nvembed.eval.tasks.instructions import TaskInstruction
 
 
 logger = logging.getLogger(__name__)
 
 CATEGORIES = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
-
-
-def write_json(path: Path, content) -> None:
-    """Writes beside the path and renames: the file is whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping]) -> Path:

@@ -17,13 +17,14 @@ import numpy as np
 from accelerate import PartialState
 from mteb.models.model_meta import ScoringFunction
 
-from nvembed.eval.instructions import paper_instructions
+from nvembed.eval.arguments import EvaluationArguments, run_script
 from nvembed.eval.measure import unreachable
-from nvembed.eval.models import LoadedModel, ModelArguments, run_script
+from nvembed.eval.models import LoadedModel
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import claim_folder
 from nvembed.eval.search import embed_to_file, exact_search
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.eval.tasks.instructions import paper_instructions
+from nvembed.texts_nvembed import format_instruction
 
 
 try:
@@ -39,7 +40,7 @@ VERSION = "AIR-Bench_24.05"
 
 
 @dataclass
-class AirBenchArguments(ModelArguments):
+class AirBenchArguments(EvaluationArguments):
     task_types: list[str] = field(default_factory=lambda: ["qa", "long-doc"], metadata={"help": "qa, long-doc."})
     domains: list[str] | None = field(default=None, metadata={"help": "wiki, web, law, ...; all if left out."})
     splits: list[str] = field(default_factory=lambda: ["dev", "test"], metadata={"help": "dev, test."})

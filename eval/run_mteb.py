@@ -10,21 +10,22 @@ import mteb
 from mteb import ResultCache
 
 from nvembed.eval import results
+from nvembed.eval.arguments import EvaluationArguments, run_script
+from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.measure import is_measured, measure
-from nvembed.eval.models import ModelArguments, TaskEncoder, run_script
 from nvembed.eval.processes import split_over_processes
-from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
+from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
 
 @dataclass
-class EvaluationArguments(ModelArguments):
+class MtebArguments(EvaluationArguments):
     tasks: list[str] = field(
         default_factory=lambda: [PAPER_BENCHMARK],
         metadata={"help": "Benchmarks or tasks of mteb, or YAML files that name folders of your own."},
     )
 
 
-def run(args: EvaluationArguments) -> dict | None:
+def run(args: MtebArguments) -> dict | None:
     """Measures and writes `summary.json`; returns it on the main process, None on the others.
 
     Raises:
@@ -56,4 +57,4 @@ def run(args: EvaluationArguments) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_script("run_mteb", EvaluationArguments, run)
+    run_script("run_mteb", MtebArguments, run)

@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
+from nvembed.eval.files import write_json
 from nvembed.eval.processes import Embed
-from nvembed.eval.results import write_json
 
 
 BLOCK = 50_000  # documents embedded, or searched, at a time

@@ -56,10 +56,10 @@ def build(mask_type: str, pooling_type: str, is_folded: bool, dtype: torch.dtype
 
 def trace(mask_type: str, pooling_type: str, is_folded: bool, dtype: torch.dtype, pooling_width: int) -> list[str]:
     """What is wrong with one configuration: nothing if `encode`'s batches and `forward` take the kernel throughout."""
-    from nvembed import modeling_nvembed
-    from nvembed.modeling_nvembed import pack, tokenize
+    from nvembed import texts_nvembed
+    from nvembed.texts_nvembed import pack, tokenize
 
-    kernel, calls = modeling_nvembed.varlen_attn, []
+    kernel, calls = texts_nvembed.varlen_attn, []
 
     def counting(q, k, v, *args, **options):
         calls.append((tuple(q.shape), tuple(k.shape), {q.dtype, k.dtype, v.dtype}, options))
@@ -67,7 +67,7 @@ def trace(mask_type: str, pooling_type: str, is_folded: bool, dtype: torch.dtype
 
     with contextlib.ExitStack() as stack:
         for target, replacement in (
-            ("nvembed.modeling_nvembed.varlen_attn", counting),
+            ("nvembed.texts_nvembed.varlen_attn", counting),
             ("torch.cuda.is_available", lambda: True),  # else autocast switches itself off
             ("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
             ("torch.cuda.get_device_capability", lambda *args: (9, 0)),

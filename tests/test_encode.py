@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvembed import modeling_nvembed
-from nvembed.modeling_nvembed import PackedTexts, format_instruction, length_sorted_batches, pack, pad, tokenize
+from nvembed import modeling_nvembed, texts_nvembed
+from nvembed.texts_nvembed import PackedLayout, format_instruction, length_sorted_batches, pack, pad, tokenize
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -201,12 +201,12 @@ def test_variable_length_kernel_gets_what_it_needs(monkeypatch, parameters):
         return torch.cat([row.transpose(0, 1) for row in rows])
 
     q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
-    layout = PackedTexts([6, 4, 4])
+    layout = PackedLayout([6, 4, 4])
     expected, causal = layout.attend(q, k, v), layout.attend(q, k, v, is_causal=True)
-    monkeypatch.setattr(modeling_nvembed, "varlen_attn", kernel)
-    monkeypatch.setattr(modeling_nvembed, "VARLEN_OPTIONS", parameters)
+    monkeypatch.setattr(texts_nvembed, "varlen_attn", kernel)
+    monkeypatch.setattr(texts_nvembed, "VARLEN_OPTIONS", parameters)
     monkeypatch.setattr(
-        modeling_nvembed, "has_varlen_kernel", lambda q, is_causal: not is_causal or bool(parameters - {"enable_gqa"})
+        texts_nvembed, "has_varlen_kernel", lambda q, is_causal: not is_causal or bool(parameters - {"enable_gqa"})
     )
     torch.testing.assert_close(layout.attend(q, k, v), expected)
     torch.testing.assert_close(layout.attend(q, k, v), expected)

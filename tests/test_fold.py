@@ -7,7 +7,8 @@ import torch
 
 from nvembed import NVEmbedConfig, NVEmbedModel
 from nvembed.configuration_nvembed import LatentAttentionConfig
-from nvembed.modeling_nvembed import FoldedLatentAttention, LatentAttention, PaddedTexts, format_instruction
+from nvembed.modeling_nvembed import FoldedLatentAttention, LatentAttention
+from nvembed.texts_nvembed import PaddedLayout, format_instruction
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -34,7 +35,7 @@ def test_fold_is_exact_algebra(block, config):
     states = torch.randn(4, 7, 32, dtype=torch.float64)
     folded = FoldedLatentAttention.fold(block.double(), config)
     with torch.no_grad():
-        expected, actual = block(states, PaddedTexts(7)), folded(states, PaddedTexts(7))
+        expected, actual = block(states, PaddedLayout(7)), folded(states, PaddedLayout(7))
     assert (expected - states).abs().max() > 1, "the block does nothing in this test"
     # The folded form computes its scores in fp32 at most; everything else is in fp64 here.
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-6)
@@ -74,7 +75,7 @@ def test_folded_bf16_is_no_farther_from_the_truth(seed, std):
     for name, parameter in block.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=std)
     block = block.bfloat16()
-    states, texts = torch.randn(1, 500, 128).bfloat16(), PaddedTexts(500)
+    states, texts = torch.randn(1, 500, 128).bfloat16(), PaddedLayout(500)
     folded = FoldedLatentAttention.fold(block, config)
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
     with torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.modeling_nvembed import pad, tokenize
-from nvembed.train.checkpoints import convert_released
+from nvembed.texts_nvembed import pad, tokenize
+from nvembed.train.released import convert_released
 
 
 CASES = ["queries", "passages", "symmetric", "truncated", "truncated_passages", "no_trailing_space"]

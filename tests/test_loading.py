@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.texts_nvembed import format_instruction
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -42,7 +42,8 @@ def test_saved_checkpoint_gives_the_same_embeddings(model, sentences, tmp_path, 
 
 def test_saved_checkpoint_is_complete(checkpoint):
     assert {path.name for path in checkpoint.iterdir()} >= {
-        "config.json", "model.safetensors", "modeling_nvembed.py", "configuration_nvembed.py", "tokenizer.json"
+        "config.json", "model.safetensors", "tokenizer.json", "modeling_nvembed.py", "texts_nvembed.py",
+        "configuration_nvembed.py",
     }  # fmt: skip
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["auto_map"] == {

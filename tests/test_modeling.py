@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.modeling_nvembed import PaddedTexts, format_instruction
+from nvembed.texts_nvembed import PaddedLayout, format_instruction
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -141,7 +141,7 @@ def test_pooling_equals_loop(model, pooling_type):
             x = x + feed_forward(feed.fn, layer_norm(feed.norm, x))
         vector = x[-1] if pooling_type == "eos" else x[s:].mean(0)
         expected.append(vector / vector.norm())
-    texts = PaddedTexts(6, attention_mask)
+    texts = PaddedLayout(6, attention_mask)
     with torch.no_grad():
         actual = pooling.pool(pooling(states, texts), pool_mask, texts)
     torch.testing.assert_close(actual.double(), torch.stack(expected).detach(), atol=1e-6, rtol=0)

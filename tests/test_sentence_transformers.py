@@ -14,8 +14,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from nvembed import NVEmbedModel
+from nvembed.eval.tasks.instructions import paper_prompts
 from nvembed.modeling_nvembed import NVEmbedTransformer
-from nvembed.train.checkpoints import convert_released, paper_prompts
+from nvembed.train.released import convert_released
 
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

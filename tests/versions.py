@@ -19,7 +19,7 @@ from torch import save as torch_save
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import convert_released
+from nvembed.train.released import convert_released
 
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 from trl import get_peft_config
 
-from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files, save_tokenizer
+from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files
+from nvembed.texts_nvembed import save_tokenizer
 from nvembed.train.arguments import ModelArguments
 
 
 POOLING = "latent_attention_model"
+ADAPTER = "adapter"  # its folder within the output folder of a stage
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:

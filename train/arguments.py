@@ -1,27 +1,42 @@
 """Every option of the training scripts, as dataclasses for `RecipeParser`: YAML and command line alike."""
 
+import math
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser
 
-from nvembed.modeling_nvembed import check_characters
-from nvembed.train.data.registry import DatasetSource, as_source
+from nvembed.texts_nvembed import check_characters
+from nvembed.train.data.kinds import check_kind
+from nvembed.train.data.source import DatasetSource, as_source, resolve_entry
 
 
 STAGES = ("stage1", "stage2")
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` for recipes that may hold both stages: the keys under `stage1:` or `stage2:` outrank those beside.
+    """`TrlParser` for recipes: YAML files, by path or, for those that come with nvembed, by name.
 
-    The stage whose part is read is that of the `StageArguments` among the dataclasses.
+    A recipe may hold both stages: the keys under `stage1:` or `stage2:` outrank those beside. The stage whose part is
+    read is that of the `StageArguments` among the dataclasses. Its relative paths of data start at the recipe.
     """
 
     def __init__(self, *dataclass_types: type):
         self.stage = next(group.stage for group in dataclass_types if issubclass(group, StageArguments))
         super().__init__(dataclass_types)
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
+        args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+        place = args.index("--config") + 1 if "--config" in args else len(args)
+        if place < len(args):
+            self.recipe = find_recipe(args[place])
+            args[place] = str(self.recipe)
+        return super().parse_args_and_config(args, **options)
 
     def set_defaults_with_config(self, **config) -> list[str]:
         parts = {name: config.pop(name) for name in STAGES if name in config}
@@ -30,7 +45,32 @@ class RecipeParser(TrlParser):
                 raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
         if parts and self.stage not in parts:
             raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run train/{next(iter(parts))}.py")
-        return super().set_defaults_with_config(**(config | parts.get(self.stage, {})))
+        config |= parts.get(self.stage, {})
+        if isinstance(config.get("datasets"), (list, dict, str)):
+            entries = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]
+            config["datasets"] = [resolve_entry(entry, self.recipe.parent) for entry in entries]
+        if isinstance(config.get("eval_tasks"), str):
+            config["eval_tasks"] = str(self.recipe.parent / config["eval_tasks"])
+        return super().set_defaults_with_config(**config)
+
+
+def _split_config(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: a path, or the name of one that comes with nvembed.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(name).is_file():
+        return Path(name).resolve()
+    folder = Path(__file__).with_name("recipes")
+    if (folder / f"{name}.yaml").is_file():
+        return folder / f"{name}.yaml"
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.endswith("-tasks")))
+    raise ValueError(f"--config {name} is neither a file nor the name of a recipe; the recipes are {known}")
 
 
 # Options of `TrainingArguments` that the contrastive loss and the blended data leave no place for, with the values that
@@ -74,7 +114,10 @@ class DataArguments:
 
     datasets: list[DatasetSource] = field(
         default_factory=list,
-        metadata={"help": "In a recipe a list of mappings (see DatasetSource); on the command line, paths."},
+        metadata={
+            "help": "In a recipe a list of mappings (see DatasetSource), their paths relative to the recipe; on the "
+            "command line, paths."
+        },
     )
     instruction: str | None = field(default=None, metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
@@ -88,7 +131,7 @@ class DataArguments:
     )
     eval_tasks: str | None = field(
         default=None,
-        metadata={"help": "YAML file of local tasks (eval/local_tasks.py), measured every eval_steps."},
+        metadata={"help": "YAML file of local tasks (eval/tasks/local.py), measured every eval_steps."},
     )
     eval_names: list[str] | None = field(
         default=None, metadata={"help": "The tasks of eval_tasks to measure; all if left out."}
@@ -100,6 +143,8 @@ class DataArguments:
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
         self.datasets = [as_source(entry) for entry in self.datasets]
+        for source in self.datasets:
+            check_kind(source)
         check_characters(self.instruction or "", "instruction")
         if self.eval_names is not None and self.eval_tasks is None:
             raise ValueError(f"eval_names is {self.eval_names} but there is no eval_tasks to take them from")
@@ -174,6 +219,36 @@ class StageArguments(TrainingArguments):
                 )
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
+    @property
+    def batch_rows(self) -> int:
+        """Rows that one forward pass of all processes holds, and that share in-batch negatives."""
+        return self.per_device_train_batch_size * self.world_size
+
+    @property
+    def update_rows(self) -> int:
+        """Rows of one update of the weights: of all processes and accumulated steps."""
+        return self.batch_rows * self.gradient_accumulation_steps
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of sampling, mining and the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def triplets_dir(self) -> Path:
+        """Where the run keeps its triplets."""
+        return Path(self.output_dir, "triplets")
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Training checkpoints in `output_dir`, by step."""
+        steps = Path(self.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        return sorted(steps, key=lambda path: (len(path.name), path.name))
+
+    def run_rows(self, triplets: int) -> int:
+        """Rows of the whole run over so many triplets."""
+        return self.max_steps * self.update_rows if self.max_steps > 0 else math.ceil(triplets * self.num_train_epochs)
+
 
 def check_negatives(data_args: DataArguments, training_args: StageArguments) -> None:
     """Raises a `ValueError` where no row could have a negative: the loss would be 0 whatever the model does."""
@@ -184,8 +259,7 @@ def check_negatives(data_args: DataArguments, training_args: StageArguments) -> 
             "num_negatives is 0 and in_batch_negatives is off (as in stage 2), so no row has a negative and nothing "
             "would be learned; set num_negatives to 1 or more"
         )
-    rows = training_args.per_device_train_batch_size * training_args.world_size
-    if rows < 2:
+    if training_args.batch_rows < 2:
         raise ValueError(
             "num_negatives is 0 and a batch has one row, so there is no negative in it and nothing would be learned; "
             "raise batch_size (accumulated steps do not share negatives) or num_negatives"
@@ -199,8 +273,7 @@ def settings_of(
     groups = (training_args, data_args, model_args)
     known = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
     known["processes"] = training_args.world_size
-    share = training_args.world_size * training_args.gradient_accumulation_steps
-    known["batch_size"] = training_args.per_device_train_batch_size * share
+    known["batch_size"] = training_args.update_rows
     if not model_args.use_peft:
         known = {name: value for name, value in known.items() if not name.startswith("lora_")}
     return {name: getattr(value, "value", value) for name, value in known.items()}

@@ -13,16 +13,18 @@ from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mteb.abstasks import AbsTask
+from transformers import TrainerState
 from transformers.utils.logging import get_logger
 from yaml import YAMLError
 
-from nvembed.eval.report import markdown_table
+from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.results import describe, eval_results
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.texts_nvembed import format_instruction
 from nvembed.train.arguments import DataArguments, StageArguments
 from nvembed.train.checkpoints import CARD
 from nvembed.train.data.blend import Blend
-from nvembed.train.data.registry import DatasetSource, infer_kind
+from nvembed.train.data.kinds import kind_of
+from nvembed.train.data.source import DatasetSource
 from nvembed.train.resume import NOT_RECORDED, RunRecord
 
 
@@ -79,17 +81,17 @@ def describe_run(
     data_args: DataArguments,
     training_args: StageArguments,
     blend: Blend,
-    history: Sequence[dict],
+    state: TrainerState,
     tasks: Sequence[AbsTask] | None,
-    saved_step: int | None = None,
 ) -> TrainingRun:
-    """Gathers what `write_card` needs, after training."""
+    """Gathers what `write_card` needs, after training; `state` is the Trainer's."""
+    history = state.log_history
     steps = max((entry.get("step", 0) for entry in history), default=0)
     return TrainingRun(
         stage=training_args.stage,
         base=settings["model_name_or_path"],
         sources=data_args.datasets,
-        kinds=[source.kind or infer_kind(source) for source in data_args.datasets],
+        kinds=[kind_of(source) for source in data_args.datasets],
         instructions=[table[0]["instruction"] for table in blend.tables],
         triplets=[len(table) for table in blend.tables],
         samples=blend.samples(steps * settings["batch_size"]),
@@ -97,7 +99,7 @@ def describe_run(
         settings=describe_settings({**settings, "steps": steps}, record),
         history=list(history),
         tasks=list(tasks or ()),
-        saved_step=saved_step,
+        saved_step=state.best_global_step if training_args.load_best_model_at_end else None,
     )
 
 

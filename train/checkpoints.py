@@ -9,21 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils.logging import get_logger, tqdm
+from transformers.utils.logging import get_logger
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.eval.instructions import paper_instructions
-from nvembed.modeling_nvembed import (
-    NVEmbedModel,
-    check_tensors,
-    format_instruction,
-    load_tokenizer,
-    save_sentence_transformers_files,
-    save_tokenizer,
-)
+from nvembed.modeling_nvembed import NVEmbedModel, check_tensors
 
 
 logger = get_logger(__name__)
@@ -31,6 +21,7 @@ logger = get_logger(__name__)
 # What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
 PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
 CARD = "README.md"
+INDEX = "model.safetensors.index.json"
 
 
 def check_output_dir(output_dir: str) -> Path:
@@ -113,66 +104,6 @@ def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
         logger.exception("No model card could be written; the weights are saved without one")
 
 
-def fold_released(source: str, output_dir: str) -> None:
-    """Writes a released checkpoint with its latent attention folded; loads it whole, in the dtype of its files.
-
-    Raises:
-        FileExistsError: the folder holds a checkpoint already.
-        ValueError: as `NVEmbedModel.from_pretrained`.
-    """
-    check_output_dir(output_dir)
-    model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
-    model.config.prompts = model.config.prompts or paper_prompts()
-    write_checkpoint(model, output_dir)
-
-
-def convert_released(source: str, output_dir: str) -> None:
-    """Writes a released checkpoint with our code: the same weights, never read into memory.
-
-    The files of weights are hard links where the file system allows it, copies elsewhere. Config, tokenizer, license
-    and model card stay what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
-
-    Args:
-        source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
-        output_dir: the folder to write; must not hold a checkpoint.
-
-    Raises:
-        FileExistsError: the folder holds a checkpoint already.
-        ValueError: `source` is no NV-Embed checkpoint, or a tensor is missing, unknown, of another shape or cut off.
-    """
-    check_output_dir(output_dir)
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *DOCUMENTS]))
-        except Exception as error:
-            raise ValueError(
-                f"{source} is neither a local folder nor a Hub model that can be reached: {error}"
-            ) from error
-    kind = NVEmbedConfig.get_config_dict(folder)[0].get("model_type")
-    if kind != NVEmbedConfig.model_type:
-        raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
-    config = NVEmbedConfig.from_pretrained(folder)
-    config.prompts = config.prompts or paper_prompts()
-    shards = check_weights(folder, tensors_of(config))
-    with staged(output_dir) as partial:
-        for shard in tqdm(shards, desc="Linking", unit="file"):
-            link_or_copy(shard, partial / shard.name)
-        for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
-            shutil.copyfile(file, partial / file.name)
-        tokenizer = load_tokenizer(str(folder), config.add_pad_token, config.text_config.vocab_size)
-        save_tokenizer(tokenizer, str(partial))
-        save_sentence_transformers_files(config, str(partial))
-        with torch.device("meta"):
-            custom_object_save(NVEmbedModel(config), str(partial), config=config)  # the code files, and `auto_map`
-        config.architectures = [NVEmbedModel.__name__]
-        config.save_pretrained(partial)
-
-
-INDEX = "model.safetensors.index.json"
-DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
-
-
 def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:
     """Names and shapes of a checkpoint's tensors."""
     with torch.device("meta"):
@@ -205,24 +136,3 @@ def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
     misshapen = [(key, found[key], expected[key]) for key in shared if list(found[key]) != expected[key]]
     check_tensors(str(folder), expected.keys() - found.keys(), found.keys() - expected.keys(), misshapen)
     return [folder / name for name in names]
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)  # the Hub's cache holds links to its files
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-
-
-def paper_prompts() -> dict[str, str]:
-    """The paper's instructions by task, for `config.prompts`; "<task>-document" is empty where documents carry none.
-
-    The second name is for mteb, which gives a prompt under the bare name of the task to queries and documents alike.
-    """
-    prompts = {}
-    for task, instruction in paper_instructions().items():
-        prompts[task] = format_instruction(instruction.query)
-        if not instruction.document:
-            prompts[f"{task}-document"] = ""
-    prompts["Summarization"] = prompts["SUMM"]  # mteb's name of the released SUMM
-    return prompts

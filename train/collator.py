@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.modeling_nvembed import format_instruction, length_sorted_batches, pack, tokenize
+from nvembed.texts_nvembed import format_instruction, length_sorted_batches, pack, tokenize
 from nvembed.train.losses import NO_TEXT
 
 

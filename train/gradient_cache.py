@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nvembed.eval.callback import is_sharded
+from nvembed.eval.sharding import is_sharded
 
 
 def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:

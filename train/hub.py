@@ -6,13 +6,16 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from nvembed.train.adapter import ADAPTER
 from nvembed.train.arguments import ModelArguments, StageArguments
 
 
-def check_push(training_args: StageArguments, model_args: ModelArguments) -> None:
-    """Makes sure of token, repository and right to write, and completes `hub_model_id`; on the main process alone.
+def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:
+    """Makes sure of token, repositories and the right to write to them, before training.
 
-    Without pushing, does nothing.
+    Returns:
+        The full names of the repositories for the "model" and the "adapter", as far as they are asked for. Pushed
+        together, the adapter gets a repository of its own. Processes other than the main one push nothing.
 
     Raises:
         ConnectionError: the Hub does not answer.
@@ -22,7 +25,7 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> Non
     if training_args.push_adapter and not model_args.use_peft:
         raise ValueError("--push_adapter has no adapter to push: --use_peft is false; push the model: --push_to_hub")
     if training_args.process_index > 0 or not (training_args.push_to_hub or training_args.push_adapter):
-        return
+        return {}
     api = HfApi(token=training_args.hub_token)
     try:
         user = api.whoami()["name"]
@@ -36,8 +39,13 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> Non
     except HfHubHTTPError as error:
         raise ValueError(f"{api.endpoint} does not accept the token: {error}; run `hf auth login` again") from error
     name = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
-    training_args.hub_model_id = name if "/" in name else f"{user}/{name}"
-    for repo_id in repositories(training_args).values():
+    name = name if "/" in name else f"{user}/{name}"
+    repositories = {}
+    if training_args.push_to_hub:
+        repositories["model"] = name
+    if training_args.push_adapter:
+        repositories["adapter"] = f"{name}-adapter" if repositories else name
+    for repo_id in repositories.values():
         try:
             api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True)
             api.auth_check(repo_id, write=True)
@@ -46,16 +54,17 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> Non
                 f"the token of {user} may not write to {repo_id}: {error}; use a token with write access, or name a "
                 "repository of your own with --hub_model_id"
             ) from error
+    return repositories
 
 
-def repositories(training_args: StageArguments) -> dict[str, str]:
-    """Where the "model" and the "adapter" go, as far as they are asked for; together, the adapter gets its own."""
-    names = {}
-    if training_args.push_to_hub:
-        names["model"] = training_args.hub_model_id
-    if training_args.push_adapter:
-        names["adapter"] = training_args.hub_model_id + ("-adapter" if names else "")
-    return names
+def push(repositories: dict[str, str], training_args: StageArguments) -> list[str]:
+    """Uploads what was trained to the repositories of `check_push` and returns their addresses.
+
+    Raises:
+        ConnectionError: as `push_folder`.
+    """
+    folders = {"model": Path(training_args.output_dir), "adapter": Path(training_args.output_dir, ADAPTER)}
+    return [push_folder(folders[kind], repo_id, training_args) for kind, repo_id in repositories.items()]
 
 
 def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> str:

@@ -20,9 +20,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.tasks.instructions import paper_prompts
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import write_base_card
-from nvembed.train.checkpoints import check_output_dir, convert_released, fold_released, paper_prompts, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.released import convert_released, fold_released
 
 
 SUPPORTED = ("mistral", "llama")

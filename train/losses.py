@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvembed.eval.sharding import gather, is_distributed
+
 
 NO_TEXT = -1  # the identity of an empty slot; `collator.text_id` gives non-negative ones
 
@@ -17,11 +19,6 @@ class Contrast(NamedTuple):
     losses: Tensor
     positive: Tensor
     hardest_negative: Tensor  # -inf for a row without negatives
-
-
-def info_nce(*args, **kwargs) -> Tensor:
-    """The mean of `contrast`'s losses over the rows, a scalar."""
-    return contrast(*args, **kwargs).losses.mean()
 
 
 def contrast(
@@ -66,7 +63,7 @@ def contrast(
     if in_batch_negatives:
         similarity = queries @ gather(passages).flatten(0, 1).T
         candidate_ids = all_passage_ids.flatten()[None]
-        rank = dist.get_rank() if _is_distributed() else 0
+        rank = dist.get_rank() if is_distributed() else 0
         target = (rank * rows + torch.arange(rows, device=queries.device)) * per_row
     else:
         similarity = torch.einsum("bd,bnd->bn", queries, passages)
@@ -110,31 +107,3 @@ def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor,
     result |= candidate_ids == NO_TEXT
     result |= candidate_ids == query_ids[:, None]
     return result.logical_not_()
-
-
-def gather(x: Tensor) -> Tensor:
-    """Concatenates `x` of all processes along its first dimension, with gradients where `x` has them."""
-    if not _is_distributed():
-        return x
-    return _AllGather.apply(x)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        # Every process's loss depends on these rows: sum their gradients, then keep this process's part.
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.rows
-        return grad[start : start + ctx.rows]
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

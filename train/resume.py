@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import get_logger
 
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.data.registry import difference
+from nvembed.train.data.prepared import first_difference
 
 
 logger = get_logger(__name__)
@@ -136,7 +136,7 @@ class RunRecord:
     Args:
         settings: those of `APPLIED` and `REFUSED` now, name -> value.
         base: `digest_weights` of the model that training starts from; None: not compared.
-        data: what the triplets were made of (`nvembed.train.data.registry.provenance`); None: not compared.
+        data: what the triplets were made of (`nvembed.train.data.prepared.read_provenance`); None: not compared.
         periods: (first step, settings) of the checkpoint that is resumed, in their order; empty at the start.
     """
 
@@ -212,8 +212,8 @@ def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: boo
         )
     if None not in (now.data, content.get("data")) and now.data != content["data"]:
         raise ValueError(
-            f"{checkpoint} was trained on other data: {difference(content['data'], now.data)}; give what it began "
-            "with, or start anew in another --output_dir"
+            f"{checkpoint} was trained on other data: {first_difference(content['data'], now.data)}; give what it "
+            "began with, or start anew in another --output_dir"
         )
     for name in changed:
         logger.warning(f"From step {step} on, {name} is {settings[name]!r}; it was {before.get(name)!r}.")

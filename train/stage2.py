@@ -3,9 +3,9 @@
 accelerate launch train/stage2.py --config train/recipes/quickstart-stage2.yaml --output_dir runs/stage2
 """
 
-from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage2Arguments
-from nvembed.train.stage1 import main
+from nvembed.train.arguments import Stage2Arguments
+from nvembed.train.run_stage import main
 
 
 if __name__ == "__main__":
-    main(*RecipeParser(ModelArguments, DataArguments, Stage2Arguments).parse_args_and_config())
+    main(Stage2Arguments)

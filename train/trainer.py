@@ -5,27 +5,33 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 from mteb.abstasks import AbsTask
-from torch.utils.data import Sampler, SequentialSampler
+from torch import nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from nvembed.eval.callback import LocalTasksCallback, is_sharded
-from nvembed.train.adapter import is_quantized, merge_adapter, with_weights, write_adapter
+from nvembed.eval.callback import LocalTasksCallback
+from nvembed.eval.log_history import LogHistory
+from nvembed.eval.sharding import is_sharded
+from nvembed.train.adapter import ADAPTER, is_quantized, merge_adapter, with_weights, write_adapter
+from nvembed.train.arguments import StageArguments
 from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
+from nvembed.train.guard import LossGuard
+from nvembed.train.log import LogWindow
 from nvembed.train.losses import contrast
 from nvembed.train.memory import ReturnFreedMemory
 from nvembed.train.resume import FreshSettings, RunRecord
-from nvembed.train.watch import LossGuard, Window
 
 
 PARTIAL_CHECKPOINT = ".partial-checkpoint"
-ADAPTER = "adapter"  # folder within the output folder
 
 
 class CurrentIntervals(TrainerCallback):
@@ -36,7 +42,7 @@ class CurrentIntervals(TrainerCallback):
 
 
 class EmbeddingTrainer(Trainer):
-    """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.local_tasks`).
+    """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.tasks.local`).
 
     Args:
         eval_max_length: tokens of a text of these tasks with its instruction.
@@ -49,31 +55,41 @@ class EmbeddingTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        model: nn.Module,
+        args: StageArguments,
+        train_dataset: Dataset | None = None,
         eval_dataset: Sequence[AbsTask] | None = None,
         eval_max_length: int = 512,
         record: RunRecord | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs,
     ):
+        if isinstance(train_dataset, Blend):
+            args = copy(args)
+            args.num_train_epochs = 1.0  # a blend holds the whole run, all its epochs
         if eval_dataset is not None:  # first, so that other callbacks see its metrics
-            kwargs["callbacks"] = [LocalTasksCallback(eval_dataset, eval_max_length), *(kwargs.get("callbacks") or ())]
-        super().__init__(*args, eval_dataset=eval_dataset, **kwargs)
+            callbacks = [LocalTasksCallback(eval_dataset, eval_max_length), *(callbacks or ())]
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs
+        )
         self.add_callback(ReturnFreedMemory())
         self.add_callback(CurrentIntervals())
+        self.add_callback(LogHistory())
         self._record = record
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
-        self._window, self._guard = Window(self.model, self.args.device), LossGuard()
+        self._window = LogWindow(self.model, self.args.device)
+        self._guard = LossGuard()
         self._bad_batch = Path(self.args.output_dir, f"bad_batch-{self.args.process_index}.jsonl")
 
     def _check_settings(self) -> None:
         """Raises the errors that the class names."""
-        batch = self.args.per_device_train_batch_size * self.args.world_size
-        if self.train_dataset is not None and len(self.train_dataset) < batch:
+        rows = self.args.update_rows
+        if self.train_dataset is not None and len(self.train_dataset) < rows:
             raise ValueError(
-                f"{len(self.train_dataset)} triplets do not fill one batch of {batch} (per_device_train_batch_size x "
-                f"processes); lower per_device_train_batch_size or add data"
+                f"{len(self.train_dataset)} triplets do not fill one batch of {rows} (per_device_train_batch_size x "
+                "processes x gradient_accumulation_steps); lower the batch size or add data"
             )
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             raise ValueError("tasks to measure are given but no eval_steps: set eval_tasks and eval_steps, or none")
@@ -106,24 +122,25 @@ class EmbeddingTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Writes `checkpoint-<step>` beside its place and renames it: one that is there is whole."""
         folder = Path(self.args.output_dir)
-        partial, name = folder / PARTIAL_CHECKPOINT, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = folder / PARTIAL_CHECKPOINT
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_world_process_zero():
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
         self.accelerator.wait_for_everyone()
         try:
-            self._checkpoint_folder = str(partial)
+            self._checkpoint_folder = str(unfinished)
             super()._save_checkpoint(model, trial)
             best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best.name == name or best.is_dir():  # by the name that it will have, wherever the run was begun
                 self.state.best_model_checkpoint = str(best)
                 if self.is_world_process_zero():
-                    self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
+                    self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
             if self._record is not None and self.is_world_process_zero():
-                self._record.save(partial / name)
+                self._record.save(unfinished / name)
         except Exception as error:  # an OSError, or what safetensors and torch make of one
             if shutil.disk_usage(folder).free > 2**20 and getattr(error, "errno", None) != errno.ENOSPC:
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             last = get_last_checkpoint(str(folder))
             raise OSError(
                 errno.ENOSPC, f"no space left for {folder / name}; earlier checkpoints are whole, the last is {last}"
@@ -133,8 +150,8 @@ class EmbeddingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(partial / name, folder / name)
-            shutil.rmtree(partial)
+            os.replace(unfinished / name, folder / name)
+            shutil.rmtree(unfinished)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
@@ -193,14 +210,11 @@ class EmbeddingTrainer(Trainer):
             self._window.close()
         super().log(logs, start_time)
 
-    def save_merged(
-        self, write_card: Callable[[Path], None] | None = None, write_adapter_card: Callable[[Path], None] | None = None
-    ) -> None:
+    def save_merged(self, write_card: Callable[[Path, bool], None] | None = None) -> None:
         """Writes the merged checkpoint to `output_dir`, on the main process, and with `push_adapter` the adapter, too.
 
         Args:
-            write_card: adds a model card to the folder that it is given.
-            write_adapter_card: likewise, to `output_dir`/adapter.
+            write_card: (folder, whether it holds the adapter alone) adds a model card to the folder; None: no cards.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Merging into {self.args.output_dir}")
@@ -213,6 +227,7 @@ class EmbeddingTrainer(Trainer):
                 folder = Path(self.args.output_dir, ADAPTER)
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
                 write_adapter(model, folder)
-                add_card(folder, write_adapter_card)
-            write_checkpoint(merge_adapter(model), self.args.output_dir, write_card)
+                add_card(folder, write_card and partial(write_card, is_adapter=True))
+            card = write_card and partial(write_card, is_adapter=False)
+            write_checkpoint(merge_adapter(model), self.args.output_dir, card)
         self.accelerator.wait_for_everyone()

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from nvembed import NVEmbedModel
-from nvembed.modeling_nvembed import format_instruction, pad, tokenize
+from nvembed.eval.log_history import LogHistory
+from nvembed.texts_nvembed import format_instruction, pad, tokenize
 
 
 def read_triplets(job: dict) -> list[dict]:
@@ -82,6 +83,7 @@ def padded(job: dict) -> None:
         train_dataset=read_triplets(job),
         data_collator=collate,
         temperature=job["temperature"],
+        callbacks=[LogHistory()],
     ).train()
 
 
@@ -110,6 +112,7 @@ def sentence_transformers(job: dict) -> None:
         loss=CachedMultipleNegativesRankingLoss(
             model, scale=1 / job["temperature"], mini_batch_size=job["mini_batch_size"]
         ),
+        callbacks=[LogHistory()],
     ).train()
 
 

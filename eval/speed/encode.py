@@ -28,15 +28,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.modeling_nvembed import (
-    FoldedLatentAttention,
-    LatentAttention,
-    MeanPooling,
-    PaddedTexts,
-    format_instruction,
-    pad,
-    tokenize,
-)
+from nvembed.modeling_nvembed import FoldedLatentAttention, LatentAttention, MeanPooling
+from nvembed.texts_nvembed import PaddedLayout, format_instruction, pad, tokenize
 
 
 SHAPES = {
@@ -120,12 +113,12 @@ def released_encode(model: NVEmbedModel, texts: list[str], instruction: str, max
     """What `encode` of the released code does, on our decoder."""
     rows = tokenize(model.tokenizer, model.config, texts, [instruction] * len(texts), max_length)
     features = {name: x.to(model.device) for name, x in pad(rows, model.tokenizer.pad_token_id).items()}
-    layout = PaddedTexts(features["input_ids"].shape[1], features["attention_mask"])
+    layout = PaddedLayout(features["input_ids"].shape[1], features["attention_mask"])
     x = model.embedding_model(features["input_ids"], layout)
     block = model.latent_attention_model
     attend, feed = block.cross_attend_blocks
     latents = block.latents.repeat(len(texts), 1, 1)  # every row projects its own copy
-    x = x + attend.fn(attend.norm(x), attend.norm_context(latents), PaddedTexts(x.shape[1]))
+    x = x + attend.fn(attend.norm(x), attend.norm_context(latents), PaddedLayout(x.shape[1]))
     x = x + feed.fn(feed.norm(x))
     return block.pool(x, features["pool_mask"], layout)
 

@@ -1,21 +1,23 @@
-"""Runs a script and prints its peak memory last, in GB: python eval/speed/measured.py script.py --its arguments"""
+"""Runs a script and writes its peak memory, in GB: python eval/speed/measured.py peak.json script.py --its arguments"""
 
 import atexit
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 
 from nvembed.eval.speed.encode import peak_memory
 
 
-@atexit.register
-def report() -> None:
+def report(path: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    print(json.dumps({"peak_gb": peak_memory(device)}), flush=True)
+    path.write_text(json.dumps({"peak_gb": peak_memory(device)}))
 
 
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
+    path = Path(sys.argv[1])
+    sys.argv = sys.argv[2:]
+    atexit.register(report, path)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -24,7 +24,6 @@ with their instruction, counted alike for all ways, no padding. Prints a Markdow
 """
 
 import argparse
-import ast
 import json
 import os
 import platform
@@ -33,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -45,8 +43,9 @@ from transformers import MistralConfig, MistralModel
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedModel
+from nvembed.eval.log_history import LOG_FILE
 from nvembed.eval.speed.encode import SHAPES, random_model, real_paragraphs, train_tokenizer
-from nvembed.modeling_nvembed import format_instruction, tokenize
+from nvembed.texts_nvembed import format_instruction, tokenize
 
 
 WAYS = ("whole", "cached", "padded", "sentence-transformers")
@@ -178,7 +177,7 @@ def command(way: str, folder: Path) -> list[str]:
         script = [SCRIPT, "--config", folder / f"{way}.yaml"]
     else:
         script = [SPEED / "baselines.py", way, folder / "job.json"]
-    return [sys.executable, *map(str, [SPEED / "measured.py", *script])]
+    return [sys.executable, *map(str, [SPEED / "measured.py", folder / "peak.json", *script])]
 
 
 def run(way: str, folder: Path, steps: int) -> Run:
@@ -187,26 +186,21 @@ def run(way: str, folder: Path, steps: int) -> Run:
     Raises:
         RuntimeError: the command failed, or logged another number of steps; with what it printed.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     shutil.rmtree(folder / "run", ignore_errors=True)  # of the way before
-    lines, logs, times, peak = [], [], [], float("nan")
-    with subprocess.Popen(
+    process = subprocess.run(
         command(way, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("{'loss'"):
-                times.append(time.perf_counter())
-                logs.append(ast.literal_eval(line))
-            elif line.startswith('{"peak_gb"'):
-                peak = json.loads(line)["peak_gb"]
+    )
+    log_file = folder / "run" / LOG_FILE
+    entries = map(json.loads, log_file.read_text().splitlines()) if log_file.is_file() else ()
+    logs = [entry for entry in entries if "loss" in entry]
     if process.returncode or len(logs) != steps:
-        raise RuntimeError(f"{way}: exit code {process.returncode}, {len(logs)} steps of {steps}\n{''.join(lines)}")
-    shares = [float(log["share_of_peak"]) for log in logs[1:] if "share_of_peak" in log]
+        raise RuntimeError(f"{way}: exit code {process.returncode}, {len(logs)} steps of {steps}\n{process.stdout}")
+    shares = [log["share_of_peak"] for log in logs[1:] if "share_of_peak" in log]
     return Run(
-        [after - before for before, after in zip(times, times[1:])],
-        [float(log["loss"]) for log in logs],
-        peak,
+        [after["time"] - before["time"] for before, after in zip(logs, logs[1:])],
+        [log["loss"] for log in logs],
+        json.loads((folder / "peak.json").read_text())["peak_gb"],
         statistics.median(shares) if shares else None,
     )
 

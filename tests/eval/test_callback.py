@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from nvembed.eval.callback import LocalTasksCallback, is_sharded
-from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.callback import LocalTasksCallback
+from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.measure import measure
-from nvembed.eval.models import LoadedModel, TaskEncoder
+from nvembed.eval.models import LoadedModel
+from nvembed.eval.sharding import is_sharded
+from nvembed.eval.tasks.local import read_tasks
 
 
 class LookUp(nn.Module):
@@ -69,8 +71,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from types import SimpleNamespace
 from nvembed import NVEmbedModel
-from nvembed.eval.callback import LocalTasksCallback, is_sharded
-from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.callback import LocalTasksCallback
+from nvembed.eval.sharding import is_sharded
+from nvembed.eval.tasks.local import read_tasks
 dist.init_process_group("gloo")
 model = NVEmbedModel.from_pretrained({str(checkpoint)!r})
 callback = LocalTasksCallback(read_tasks({str(data / "tasks.yaml")!r}, ["sts", "reranking"]), 64)

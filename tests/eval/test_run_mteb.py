@@ -19,10 +19,10 @@ from transformers import BertConfig, BertModel
 
 from nvembed import NVEmbedModel
 from nvembed.eval import run_mteb
-from nvembed.eval.models import fingerprint, load_model, readable
+from nvembed.eval.models import clean, digest_model, load_model
 from nvembed.eval.results import category_averages, claim_folder, main_score
-from nvembed.eval.run_mteb import EvaluationArguments, run
-from nvembed.eval.select_tasks import select_tasks
+from nvembed.eval.run_mteb import MtebArguments, run
+from nvembed.eval.tasks.lookup import select_tasks
 
 
 SCRIPT = Path(run_mteb.__file__)
@@ -37,7 +37,7 @@ def command(checkpoint, tasks, output_dir, *launcher):
 def arguments(checkpoint, data, tmp_path):
     def make(output_dir="out", **options):
         defaults = {"model": str(checkpoint), "tasks": [str(data / "tasks.yaml")], "max_length": 64}
-        return EvaluationArguments(output_dir=str(tmp_path / output_dir), **(defaults | options))
+        return MtebArguments(output_dir=str(tmp_path / output_dir), **(defaults | options))
 
     return make
 
@@ -192,18 +192,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_model_is_known_by_its_files(checkpoint, tmp_path):
-    first = fingerprint(checkpoint)
+    first = digest_model(checkpoint)
     shutil.copytree(checkpoint, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("a card")
-    assert fingerprint(tmp_path / "copy") == first
+    assert digest_model(tmp_path / "copy") == first
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]  # the last without a folder, as often
     (tmp_path / "copy" / "modules.json").write_text(json.dumps(modules))
-    before = fingerprint(tmp_path / "copy")
+    before = digest_model(tmp_path / "copy")
     (tmp_path / "copy" / "1_Pooling").mkdir()
     (tmp_path / "copy" / "1_Pooling" / "config.json").write_text("{}")
-    assert fingerprint(tmp_path / "copy") != before
+    assert digest_model(tmp_path / "copy") != before
     (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
-    assert fingerprint(tmp_path / "copy") != first
+    assert digest_model(tmp_path / "copy") != first
 
 
 # --- Scores
@@ -409,7 +409,7 @@ def test_embeddings_that_are_not_finite_have_no_score(checkpoint, arguments, tmp
 
 def test_texts_that_encode_refuses_are_mended(checkpoint):
     texts = ["a\0b", "half \ud83d", "whole \U0001f600"]
-    assert [readable(text) for text in texts] == ["a b", "half �", "whole \U0001f600"]
+    assert [clean(text) for text in texts] == ["a b", "half �", "whole \U0001f600"]
     load_model(str(checkpoint)).embed(texts, "")
 
 
@@ -424,7 +424,7 @@ def test_errors_are_one_line_on_the_command_line(checkpoint, tmp_path):
 @pytest.mark.parametrize(("field", "value"), [("max_length", 0), ("batch_tokens", -1)])
 def test_bad_numbers(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
-        EvaluationArguments("m", "o", **{field: value})
+        MtebArguments("m", "o", **{field: value})
 
 
 def test_mtebs_version_is_in_the_summary(arguments, data):

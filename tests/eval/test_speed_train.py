@@ -11,7 +11,7 @@ from transformers import MistralModel
 from nvembed import NVEmbedModel
 from nvembed.eval.speed import encode
 from nvembed.eval.speed import train as benchmark
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.texts_nvembed import format_instruction
 from tests.eval.test_speed import SHAPE
 
 

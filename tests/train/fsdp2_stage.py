@@ -10,7 +10,7 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from nvembed.eval.callback import is_sharded
+from nvembed.eval.sharding import is_sharded
 from nvembed.train.trainer import EmbeddingTrainer
 
 

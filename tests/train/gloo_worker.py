@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from nvembed.train.losses import info_nce
+from nvembed.train.losses import contrast
 
 
 def main(folder: Path) -> None:
@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
     encoder.load_state_dict(job["weights"])
     encoder = DistributedDataParallel(encoder)
     embeddings = normalize(encoder(torch.cat([queries[:, None], passages], dim=1)), dim=-1)
-    loss = info_nce(embeddings[:, 0], embeddings[:, 1:], query_ids, passage_ids, *job["options"])
+    loss = contrast(embeddings[:, 0], embeddings[:, 1:], query_ids, passage_ids, *job["options"]).losses.mean()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in encoder.module.named_parameters()}
     torch.save({"loss": loss.item(), **gradients}, folder / f"rank{rank}.pt")

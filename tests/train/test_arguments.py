@@ -6,7 +6,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
-from nvembed.train.data.registry import DatasetSource, as_source, check_sources
+from nvembed.train.data.source import DatasetSource, as_source, check_sources, read_rows
 
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -35,13 +35,41 @@ def test_recipe_and_command_line(tmp_path):
     model_args, data_args, training_args = parse(tmp_path, RECIPE, "--temperature", "0.1", "--eval_steps", "7")
     assert data_args.datasets == [
         DatasetSource("a", "sts", instruction="Its own", name="a"),
-        DatasetSource("b/c.jsonl", samples=5, name="c"),
+        DatasetSource(str(tmp_path / "b" / "c.jsonl"), samples=5, name="c"),
     ]
     assert training_args.temperature == 0.1, "the command line outranks the recipe"
     assert training_args.eval_strategy == "steps"
     assert training_args.in_batch_negatives
     assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, 0.1)
     assert not parse(tmp_path, RECIPE, stage=Stage2Arguments)[2].in_batch_negatives
+
+
+def test_paths_of_data_start_at_the_recipe(tmp_path, monkeypatch):
+    """A local file or folder beside the recipe, else a Hub name; on the command line, the working directory."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "here" / "org" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    text = "output_dir: {out}\nmodel_name_or_path: base\neval_tasks: t.yaml\n"
+    text += "datasets: [a, org/set, ../x, {{path: sub/t.csv}}]\n"
+    model_args, data_args, _ = parse(tmp_path, text)
+    paths = [source.path for source in data_args.datasets]
+    assert paths == [str(tmp_path / "a"), "org/set", str(tmp_path.parent / "x"), str(tmp_path / "sub" / "t.csv")]
+    assert data_args.eval_tasks == str(tmp_path / "t.yaml")
+    assert model_args.model_name_or_path == "base"
+    assert parse(tmp_path, text, "--datasets", "a", "--eval_tasks", "t.yaml")[1].datasets[0].path == "a"
+    with pytest.raises(ValueError, match="x does not exist; a recipe's relative paths start at the recipe's folder"):
+        next(read_rows(data_args.datasets[2]))
+
+
+def test_recipes_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = RecipeParser(ModelArguments, DataArguments, Stage2Arguments)
+    _, data_args, training_args = parser.parse_args_and_config(["--config=smollm2", "--bf16=false"])
+    assert training_args.learning_rate == 5e-4
+    assert len(data_args.datasets) == 8
+    parser = RecipeParser(ModelArguments, DataArguments, Stage1Arguments)
+    with pytest.raises(ValueError, match="--config smollm is neither a file nor .* recipe; the recipes are finetune, "):
+        parser.parse_args_and_config(["--config", "smollm"])
 
 
 def test_one_recipe_for_both_stages(tmp_path):
@@ -104,7 +132,7 @@ def test_a_batch_size_is_of_all_processes_and_steps(tmp_path):
 
 def test_one_dataset_needs_no_list(tmp_path):
     for text in ("datasets: a.jsonl", "datasets: {{path: a.jsonl}}"):
-        assert parse(tmp_path, "output_dir: {out}\n" + text)[1].datasets == [DatasetSource("a.jsonl")]
+        assert parse(tmp_path, "output_dir: {out}\n" + text)[1].datasets == [DatasetSource(str(tmp_path / "a.jsonl"))]
 
 
 def test_datasets_on_the_command_line_are_paths(tmp_path):

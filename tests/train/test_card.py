@@ -12,7 +12,7 @@ from nvembed.train.card import (
     write_base_card,
     write_card,
 )
-from nvembed.train.data.registry import DatasetSource
+from nvembed.train.data.source import DatasetSource
 
 
 def make_run(stage: str, base: str, **overrides) -> TrainingRun:

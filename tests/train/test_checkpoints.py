@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from nvembed import NVEmbedModel
+from nvembed.eval.tasks.instructions import paper_prompts
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
-from nvembed.train.checkpoints import convert_released, paper_prompts
 from nvembed.train.init_checkpoint import InitArguments, main
+from nvembed.train.released import convert_released
 from nvembed.train.resume import check_resume
 
 
@@ -37,7 +38,8 @@ def test_conversion_links_the_weights(released, model, sentences, tmp_path):
     assert len(shards) > 1
     assert all(os.path.samefile(shard, converted / shard.name) for shard in shards)
     assert {path.name for path in converted.iterdir()} == {path.name for path in shards} | {
-        "model.safetensors.index.json", "config.json", "modeling_nvembed.py", "configuration_nvembed.py",
+        "model.safetensors.index.json", "config.json", "modeling_nvembed.py", "texts_nvembed.py",
+        "configuration_nvembed.py",
         "tokenizer.json", "tokenizer_config.json", "modules.json", "config_sentence_transformers.json",
     }  # fmt: skip
     assert torch.equal(NVEmbedModel.from_pretrained(converted).encode(sentences), model.encode(sentences))
@@ -125,7 +127,7 @@ def test_a_full_disk_leaves_nothing(released, tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("nvembed.train.checkpoints.link_or_copy", fail)
+    monkeypatch.setattr("nvembed.train.released.link_or_copy", fail)
     with pytest.raises(OSError, match="No space left"):
         convert_released(str(released), str(tmp_path / "converted"))
     assert not (tmp_path / "converted").exists()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.texts_nvembed import format_instruction
 from nvembed.train.collator import TripletCollator, text_id
 from nvembed.train.losses import NO_TEXT
 

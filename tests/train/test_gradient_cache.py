@@ -11,7 +11,7 @@ from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.gradient_cache import embed_chunks
-from nvembed.train.losses import info_nce
+from nvembed.train.losses import contrast
 from tests.conftest import randomize
 
 
@@ -42,13 +42,13 @@ def loss_and_gradients(model, batch, embed):
     model.zero_grad()  # not later: FSDP2 keeps the outermost weights gathered between the two passes
     torch.manual_seed(7)
     embeddings = embed(model, batch["chunks"])
-    loss = info_nce(
+    loss = contrast(
         embeddings[batch["query_index"]],
         embeddings[batch["passage_index"]],
         batch["query_ids"],
         batch["passage_ids"],
         temperature=0.1,
-    )
+    ).losses.mean()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

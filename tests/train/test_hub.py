@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from nvembed import NVEmbedModel
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.texts_nvembed import format_instruction
 from tests.hub_server import LocalHub
 
 

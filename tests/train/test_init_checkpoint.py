@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
 
 from nvembed import NVEmbedModel
-from nvembed.train.checkpoints import check_output_dir, convert_released, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.init_checkpoint import init_model, main
+from nvembed.train.released import convert_released
 
 
 @pytest.mark.parametrize("num_layers", [None, 2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvembed.train.collator import text_id
-from nvembed.train.losses import NO_TEXT, info_nce, is_negative
+from nvembed.train.losses import NO_TEXT, contrast, is_negative
 
 
 TEMPERATURE = 0.05
@@ -58,6 +58,10 @@ def make_batch(duplicates: bool):
     return queries, passages, query_texts, passage_texts
 
 
+def mean_loss(*args, **kwargs) -> torch.Tensor:
+    return contrast(*args, **kwargs).losses.mean()
+
+
 def identities(query_texts, passage_texts):
     return (
         torch.tensor([text_id(text) for text in query_texts]),
@@ -72,7 +76,7 @@ def test_loss_and_gradients_equal_the_loop(in_batch_negatives, duplicates, dtype
     queries, passages, *texts = make_batch(duplicates)
     expected_loss, expected_q, expected_p = reference(queries, passages, *texts, in_batch_negatives)
     queries, passages = (x.to(dtype).requires_grad_() for x in (queries, passages))
-    loss = info_nce(queries, passages, *identities(*texts), TEMPERATURE, in_batch_negatives)
+    loss = mean_loss(queries, passages, *identities(*texts), TEMPERATURE, in_batch_negatives)
     loss.backward()
     # float32 rounds similarities to 1.2e-7, and the temperature divides that error as it divides them.
     tolerance = {"atol": 1e-6, "rtol": 0}
@@ -87,8 +91,8 @@ def test_duplicates_change_the_loss():
     """Guards the test above: the texts made equal there matter."""
     queries, passages, *texts = make_batch(duplicates=True)
     _, _, *distinct = make_batch(duplicates=False)
-    with_duplicates = info_nce(queries, passages, *identities(*texts), TEMPERATURE)
-    assert abs(with_duplicates - info_nce(queries, passages, *identities(*distinct), TEMPERATURE)) > 1e-3
+    with_duplicates = mean_loss(queries, passages, *identities(*texts), TEMPERATURE)
+    assert abs(with_duplicates - mean_loss(queries, passages, *identities(*distinct), TEMPERATURE)) > 1e-3
 
 
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
@@ -112,7 +116,7 @@ def test_two_processes_equal_one(tmp_path, in_batch_negatives):
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
     normalize = torch.nn.functional.normalize
-    loss = info_nce(
+    loss = mean_loss(
         normalize(encoder(queries), dim=-1),
         normalize(encoder(passages), dim=-1),
         query_ids,
@@ -179,6 +183,6 @@ print(mask, peak() - before)
 def test_bad_arguments_are_named():
     queries, passages, *texts = make_batch(duplicates=False)
     with pytest.raises(ValueError, match="temperature is 0"):
-        info_nce(queries, passages, *identities(*texts), temperature=0)
+        mean_loss(queries, passages, *identities(*texts), temperature=0)
     with pytest.raises(ValueError, match=r"queries \(5, 10\), passages \(6, 3, 10\)"):
-        info_nce(queries[:5], passages, *identities(*texts))
+        mean_loss(queries[:5], passages, *identities(*texts))

@@ -13,9 +13,10 @@ from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments, Stage1Arguments
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.collator import TripletCollator
-from nvembed.train.data.registry import DatasetSource, load_triplets
+from nvembed.train.data.source import DatasetSource
 from nvembed.train.init_checkpoint import init_model
 from nvembed.train.trainer import EmbeddingTrainer
+from tests.triplets import prepare
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -51,7 +52,7 @@ def make_trainer(wide, tmp_path, sentences, **options):
     return EmbeddingTrainer(
         model=add_adapter(model, model_args),
         args=arguments,
-        train_dataset=load_triplets([DatasetSource(str(tmp_path / "pairs.jsonl"))], num_negatives=2),
+        train_dataset=prepare([DatasetSource(str(tmp_path / "pairs.jsonl"))], num_negatives=2),
         data_collator=TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2),
     )
 

@@ -16,15 +16,17 @@ from peft import PeftModel
 from transformers import set_seed
 
 from nvembed import NVEmbedModel
-from nvembed.eval.local_tasks import read_tasks
-from nvembed.eval.run_mteb import EvaluationArguments, run
-from nvembed.modeling_nvembed import format_instruction
+from nvembed.eval.log_history import LOG_FILE
+from nvembed.eval.run_mteb import MtebArguments, run
+from nvembed.eval.tasks.local import read_tasks
+from nvembed.texts_nvembed import format_instruction
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.collator import TripletCollator
-from nvembed.train.data.registry import DatasetSource, load_triplets
-from nvembed.train.stage1 import main as train
+from nvembed.train.data.source import DatasetSource
+from nvembed.train.run_stage import run_stage as train
 from nvembed.train.trainer import EmbeddingTrainer
+from tests.triplets import prepare
 
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,7 @@ def make_trainer(
     return EmbeddingTrainer(
         model=add_adapter(model, ModelArguments(use_peft=use_peft)),
         args=arguments(output_dir=str(output_dir), **(defaults | options)),
-        train_dataset=load_triplets([DatasetSource(str(pairs_file))], num_negatives=2),
+        train_dataset=prepare([DatasetSource(str(pairs_file))], num_negatives=2),
         eval_dataset=task,
         data_collator=TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2),
     )
@@ -116,10 +118,13 @@ def test_logs_and_evaluation(tmp_path, checkpoint, pairs_file, tasks_file):
     training = [log for log in history if "loss" in log]
     assert len(training) == 2
     assert all(log["tokens_per_second"] > 0 and log["learning_rate"] > 0 for log in training)
+    times = [log["time"] for log in history]
+    assert times == sorted(times)
+    assert [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()] == history
     (evaluation,) = [log for log in history if "eval_halves" in log]
     assert evaluation["step"] == 2
     trainer.save_merged()
-    measured = run(EvaluationArguments(str(tmp_path / "out"), str(tmp_path / "scores"), tasks=[str(tasks_file)]))
+    measured = run(MtebArguments(str(tmp_path / "out"), str(tmp_path / "scores"), tasks=[str(tasks_file)]))
     assert evaluation["eval_halves"] == evaluation["eval_average"] == measured["tasks"]["halves"]
     assert 0.3 < measured["average"] < 1
     again = trainer.evaluate(metric_key_prefix="test")
@@ -334,10 +339,10 @@ def test_the_best_checkpoint_stays_and_is_loaded_at_the_end(
 def test_a_card_that_fails_costs_no_weights(tmp_path, checkpoint, pairs_file, caplog):
     trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", push_adapter=True)
 
-    def fail(folder):
+    def fail(folder, is_adapter):
         raise KeyError("no such score")
 
-    trainer.save_merged(fail, fail)
+    trainer.save_merged(fail)
     NVEmbedModel.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert caplog.text.count("saved without one") == 2 and "no such score" in caplog.text
@@ -355,7 +360,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, checkpoint, pairs_file,
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"no space left for .*checkpoint-2; earlier .* the last is .*checkpoint-1$"):
         trainer.train()
-    assert [path.name for path in (tmp_path / "out").glob("*")] == ["checkpoint-1"], "nothing half-written stays"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", LOG_FILE}, "nothing half-written"
     monkeypatch.setattr(torch, "save", save)
     make_trainer(checkpoint, pairs_file, tmp_path / "out", max_steps=3).train(
         resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
@@ -368,17 +373,17 @@ def test_a_failing_process_ends_all_with_its_error(tmp_path, checkpoint, many_pa
     worker.write_text(
         """
 import os, sys
-from nvembed.train import stage1
+from nvembed.train import run_stage
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments
 
 if os.environ["RANK"] == "1":
-    compute_loss = stage1.EmbeddingTrainer.compute_loss
+    compute_loss = run_stage.EmbeddingTrainer.compute_loss
     def broken(self, model, inputs, **options):
         if self.state.global_step == 2:
             inputs["query_ids"] = None
         return compute_loss(self, model, inputs, **options)
-    stage1.EmbeddingTrainer.compute_loss = broken
-stage1.main(*RecipeParser(ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
+    run_stage.EmbeddingTrainer.compute_loss = broken
+run_stage.run_stage(*RecipeParser(ModelArguments, DataArguments, Stage1Arguments).parse_args_and_config())
 """
     )
     options = ["--ddp_backend=gloo", "--batch_size=8", "--max_steps=20", "--disable_tqdm=true", "--report_to=none"]

@@ -1,68 +1,92 @@
-"""Classification and clustering data (`text`, `label`) as triplets (paper section 4.1).
+"""Classification and clustering data (`text`, `label`) as pairs with negatives (paper section 4.1).
 
-Example-based, as in NV-Embed-v2: another text of the class is the positive, texts of other classes are the negatives.
-Label-based, as in v1 and for two classes: the label's own words are the positive, those of other labels the negatives.
+Example-based, as in NV-Embed-v2: the positive is another text of the class, the negatives are texts of other classes.
+Label-based, as in v1 and for two classes: the positive is the label's own words, the negatives are other labels'.
 """
 
 import random
-from typing import TYPE_CHECKING
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
-from nvembed.eval import tables
-from nvembed.train.data.tables import read_table, sample, text_of
-
-
-if TYPE_CHECKING:
-    from nvembed.train.data.registry import DatasetSource
+from nvembed.eval.data import tables
+from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
 
 
-def load_example_based(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
-    """A class of one text gives no triplet: it has no positive.
+def load_example_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
+    """Pairs of two texts of a class; a class of one text gives none, since it has no positive.
 
     Raises:
         ValueError: all texts are of one class.
     """
     rows = _read(source)
-    by_label: dict[str, list[str]] = {}
-    for text, label in rows:
-        by_label.setdefault(label, []).append(text)
-    _check_labels(source, by_label)
+    positions: dict[str, list[int]] = {}  # label -> its rows
+    for position, (_, label) in enumerate(rows):
+        positions.setdefault(label, []).append(position)
+    _check_labels(source, positions)
+    return Pairs(_example_pairs(rows, positions, source.samples, num_negatives, seed))
+
+
+def _example_pairs(rows, positions, samples: int | None, num_negatives: int, seed: int) -> Iterator[dict]:
     rng = random.Random(seed)
-    others = {label: [text for text, other in rows if other != label] for label in by_label}
-    records = []
-    for text, label in sample(rows, source.samples, seed):
-        positive = _other_text(by_label[label], text, rng)
-        if positive is not None:
-            drawn = rng.sample(others[label], min(num_negatives, len(others[label])))
-            negatives = [negative for negative in dict.fromkeys(drawn) if negative not in (text, positive)]
-            records.append({"query": text, "positive": positive, "negatives": negatives})
-    return records
+    others = {label: Others(own, len(rows)) for label, own in positions.items()}
+    for text, label in sample(rows, samples, seed):
+        positive = _other_text([rows[i][0] for i in rng.choices(positions[label], k=20)], text)
+        if positive is None:  # twenty draws of the text itself: look through the class
+            positive = _other_text((rows[i][0] for i in positions[label]), text)
+        if positive is None:
+            continue
+        drawn = rng.sample(others[label], min(num_negatives, len(others[label])))
+        negatives = dict.fromkeys(rows[i][0] for i in drawn)
+        yield {"query": text, "positive": positive, "negatives": [n for n in negatives if n not in (text, positive)]}
 
 
-def _other_text(texts: list[str], text: str, rng: random.Random) -> str | None:
-    """A random one of `texts` that is not `text`; None if there is none."""
-    for candidate in rng.choices(texts, k=20):  # nearly always the first will do
-        if candidate != text:
-            return candidate
-    return next((candidate for candidate in texts if candidate != text), None)
+def _other_text(candidates, text: str) -> str | None:
+    return next((candidate for candidate in candidates if candidate != text), None)
 
 
-def load_label_based(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
+class Others(Sequence):
+    """The rows of all classes but one, in order, without a list of them: the n-th is found by bisection.
+
+    Args:
+        own: positions of the class's rows, ascending.
+        rows: how many rows there are in all.
+    """
+
+    def __init__(self, own: list[int], rows: int):
+        self.before = [position - rank for rank, position in enumerate(own)]  # other rows before each own one
+        self.length = rows - len(own)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, n: int) -> int:
+        if not 0 <= n < self.length:
+            raise IndexError(n)
+        return n + bisect_right(self.before, n)
+
+
+def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
+    """Pairs of a text and its label's words.
+
+    Raises:
+        ValueError: all texts are of one class, or labels are numbers.
+    """
     rows = _read(source)
     labels = sorted({label for _, label in rows})
     _check_labels(source, labels)
     if all(label.isdigit() for label in labels):
         raise ValueError(f"{source.path}: labels are the numbers {labels[:5]}; label_classification needs their words")
     rng = random.Random(seed)
-    records = []
+    pairs = []
     for text, label in sample(rows, source.samples, seed):
         others = [_words(other) for other in labels if other != label]
         negatives = rng.sample(others, min(num_negatives, len(others)))
-        records.append({"query": text, "positive": _words(label), "negatives": negatives})
-    return records
+        pairs.append({"query": text, "positive": _words(label), "negatives": negatives})
+    return Pairs(pairs)
 
 
-def _read(source: "DatasetSource") -> list[tuple[str, str]]:
-    return [(text_of(row, "text", name), _label(row, name)) for name, row in read_table(source, ("text", "label"))]
+def _read(source: DatasetSource) -> list[tuple[str, str]]:
+    return [(text_of(row, "text", name), _label(row, name)) for name, row in read_rows(source, ("text", "label"))]
 
 
 def _label(row: dict, name: str) -> str:
@@ -78,6 +102,6 @@ def _words(label: str) -> str:
     return label.replace("_", " ").strip()
 
 
-def _check_labels(source: "DatasetSource", labels) -> None:
+def _check_labels(source: DatasetSource, labels) -> None:
     if len(labels) < 2:
         raise ValueError(f"{source.path}: one label only, {list(labels)}; negatives need at least two")

@@ -1,17 +1,15 @@
-"""Retrieval data (BEIR layout): one triplet for every relevant document of a query, negatives mined in the corpus."""
+"""Retrieval data in BEIR layout: one pair for every relevant document of a query, with the whole corpus to mine."""
 
-from typing import TYPE_CHECKING
-
-from nvembed.eval.retrieval import read_beir
-from nvembed.train.data.mine_negatives import add_negatives
-from nvembed.train.data.tables import sample
+from nvembed.eval.data.beir import read_beir
+from nvembed.train.data.source import DatasetSource, Pairs, sample
 
 
-if TYPE_CHECKING:
-    from nvembed.train.data.registry import DatasetSource
+def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
+    """Pairs of query and relevant document; `samples` counts pairs.
 
-
-def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
+    Raises:
+        ValueError: as `read_beir`.
+    """
     task = read_beir(source.path, source.split)
     relevant = {query: [task.corpus[document] for document in documents] for query, documents in task.qrels.items()}
     pairs = [
@@ -20,5 +18,4 @@ def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
         for positive in positives
         if task.queries[query].strip() and positive
     ]
-    pairs = sample(pairs, source.samples, seed)
-    return add_negatives(pairs, list(task.corpus.values()), num_negatives, seed)
+    return Pairs(sample(pairs, source.samples, seed), list(task.corpus.values()))

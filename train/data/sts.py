@@ -1,23 +1,22 @@
 """Semantic similarity: pairs scored 4 or more of 5 are each other's positives (paper section 4.1)."""
 
 import math
-from typing import TYPE_CHECKING
 
-from nvembed.train.data.mine_negatives import add_negatives
-from nvembed.train.data.tables import read_table, sample, text_of
+from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
 
-
-if TYPE_CHECKING:
-    from nvembed.train.data.registry import DatasetSource
 
 MIN_SCORE = 4.0
 
 
-def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
-    """Both directions of every close pair; negatives are mined among all texts; `samples` counts pairs."""
+def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
+    """Both directions of every close pair, with all texts as the corpus; `samples` counts pairs.
+
+    Raises:
+        ValueError: a row lacks a column, has an empty text, or a score that is not a number.
+    """
     pairs: list[tuple[str, str]] = []
     texts: dict[str, set[str]] = {}  # text -> its close texts
-    for name, row in read_table(source, ("sentence1", "sentence2", "score")):
+    for name, row in read_rows(source, ("sentence1", "sentence2", "score")):
         first, second = text_of(row, "sentence1", name), text_of(row, "sentence2", name)
         close_to_first, close_to_second = texts.setdefault(first, set()), texts.setdefault(second, set())
         if _score(row, name) >= MIN_SCORE:
@@ -29,7 +28,7 @@ def load(source: "DatasetSource", num_negatives: int, seed: int) -> list[dict]:
         for first, second in sample(pairs, source.samples, seed)
         for query, positive in ((first, second), (second, first))
     ]
-    return add_negatives(directed, list(texts), num_negatives, seed)
+    return Pairs(directed, list(texts))
 
 
 def _score(row: dict, name: str) -> float:

@@ -1,45 +1,77 @@
-"""Who ranks a corpus for mining: BM25 here, an embedding model later."""
+"""Who ranks a corpus for mining: BM25 here, an embedding model behind the same two calls later."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Protocol
 
 import bm25s
 import numpy as np
 import regex
-from bm25s.tokenization import Tokenizer
-from transformers.utils.logging import get_logger
-
-
-logger = get_logger(__name__)
+from bm25s.tokenization import Tokenized, Tokenizer
 
 
 class Teacher(Protocol):
-    """What ranks a corpus for mining."""
+    """Ranks the corpus that it was made over."""
 
-    def scores(self, queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
-        """For each query, the scores of all documents, `[len(corpus)]`; higher is closer."""
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents closest to each query.
+
+        Returns:
+            Scores, fp32, and positions in the corpus, int64, both `[queries, min(k, documents)]`, best first. The
+            position is -1 where the teacher cannot tell the remaining documents apart.
+        """
+
+    def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+        """The score of each query with the document beside it, which is in the corpus: fp32 `[queries]`."""
 
 
 class BM25:
-    """BM25 over the words of `split_words`, lower-case, without English stop words."""
+    """BM25 (Lucene's, k1 = 1.5, b = 0.75) over the words of `split_words`, lower-case, without English stop words.
 
-    def scores(self, queries: list[str], corpus: list[str]) -> Iterator[np.ndarray]:
-        """As `Teacher.scores`; warns at the end of queries without a word of the corpus, which score 0 everywhere."""
-        tokens = _tokenize(corpus)
-        retriever, unmatched = None, 0
-        if any(tokens):  # else there is no word to index: bm25s would stop at its empty vocabulary
-            retriever = bm25s.BM25()
-            retriever.index(tokens, show_progress=False)
-        for words in _tokenize(queries):
-            known = [word for word in words if word in retriever.vocab_dict] if retriever is not None else []
-            unmatched += not known
-            yield retriever.get_scores(known) if known else np.zeros(len(corpus), dtype=np.float32)
-        if unmatched:
-            logger.warning(
-                f"{unmatched} of {len(queries)} queries share no word with the corpus: BM25 cannot rank it for them, "
-                "and their negatives are drawn at random"
-            )
+    Args:
+        corpus: distinct texts.
+    """
+
+    def __init__(self, corpus: Sequence[str]):
+        self.tokenizer = Tokenizer(lower=True, splitter=split_words, stopwords="en")
+        ids = self.tokenizer.tokenize(corpus, update_vocab=True, show_progress=False, allow_empty=False)
+        self.documents = len(corpus)
+        self.index: bm25s.BM25 | None = None
+        if any(ids):  # bm25s cannot index a corpus without a word
+            self.index = bm25s.BM25()
+            self.index.index(Tokenized(ids, self.tokenizer.word_to_id), create_empty_token=False, show_progress=False)
+        self.positions = {text: position for position, text in enumerate(corpus)}
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Teacher.search`; documents that share no word with the query are not told apart."""
+        k = min(k, self.documents)
+        scores = np.zeros((len(queries), k), dtype=np.float32)
+        positions = np.full((len(queries), k), -1, dtype=np.int64)
+        words = self._words(queries)
+        known = [row for row, ids in enumerate(words) if ids]
+        if known:
+            found = self.index.retrieve([words[row] for row in known], k=k, show_progress=False)
+            scores[known] = found.scores
+            positions[known] = np.where(found.scores > 0, found.documents, -1)
+        return scores, positions
+
+    def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+        scores = np.zeros(len(queries), dtype=np.float32)
+        for row, (ids, document) in enumerate(zip(self._words(queries), documents, strict=True)):
+            for word in ids:
+                scores[row] += self._word_score(word, self.positions[document])
+        return scores
+
+    def _words(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the words that the corpus has; a text of others has none."""
+        return self.tokenizer.tokenize(texts, update_vocab="never", show_progress=False, allow_empty=False)
+
+    def _word_score(self, word: int, position: int) -> np.float32:
+        """What a word adds to a document's score: an entry of the index, whose columns are words."""
+        start, end = self.index.scores["indptr"][word : word + 2]
+        place = start + np.searchsorted(self.index.scores["indices"][start:end], position)
+        holds = place < end and self.index.scores["indices"][place] == position
+        return self.index.scores["data"][place] if holds else np.float32(0)
 
 
 # Scripts that are written without spaces between words.
@@ -52,10 +84,10 @@ CHARACTERS = regex.compile(r"\X")  # a letter with its marks
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, one-letter words included; of a script without spaces, its characters and pairs of them.
+    """The words of a text, one-letter words included; in scripts without spaces, characters and pairs of them.
 
-    Overlapping pairs are how search engines index Chinese, Japanese and Thai without a dictionary; the characters
-    beside them match words of one character. Full and half width are one (NFKC).
+    Overlapping pairs are how search engines index Chinese, Japanese and Thai without a dictionary; the single
+    characters match words of one character. Full-width and half-width forms are the same (NFKC).
     """
     words = []
     for run in RUNS.finditer(unicodedata.normalize("NFKC", text)):
@@ -66,9 +98,3 @@ def split_words(text: str) -> list[str]:
         words += characters
         words += map("".join, zip(characters, characters[1:]))
     return words
-
-
-def _tokenize(texts: list[str]) -> list[list[str]]:
-    tokenizer = Tokenizer(lower=True, splitter=split_words, stopwords="en")
-    rows = tokenizer.tokenize(texts, return_as="string", show_progress=False)
-    return [[word for word in row if word] for row in rows]  # bm25s gives an empty text one empty word

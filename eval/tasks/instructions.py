@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 
+from nvembed.texts_nvembed import format_instruction
+
 
 @dataclass(frozen=True)
 class TaskInstruction:
@@ -21,7 +23,7 @@ class TaskInstruction:
 
 def paper_instructions() -> dict[str, TaskInstruction]:
     """The paper's instructions by task; "STS" and "SUMM", the released names, stand for all tasks of these types."""
-    entries = json.loads((files("nvembed.eval") / "instructions.json").read_text())
+    entries = json.loads((files("nvembed.eval.tasks") / "instructions.json").read_text())
     return {
         name: TaskInstruction(entry["query"], entry["query"] if entry.get("symmetric") else entry["corpus"])
         for name, entry in entries.items()
@@ -42,3 +44,17 @@ def find_instruction(name: str, task_type: str) -> TaskInstruction | None:
         if key in known:
             return known[key]
     return None
+
+
+def paper_prompts() -> dict[str, str]:
+    """The paper's instructions by task, for `config.prompts`; "<task>-document" is empty where documents carry none.
+
+    The second name is for mteb, which gives a prompt under the bare name of the task to queries and documents alike.
+    """
+    prompts = {}
+    for task, instruction in paper_instructions().items():
+        prompts[task] = format_instruction(instruction.query)
+        if not instruction.document:
+            prompts[f"{task}-document"] = ""
+    prompts["Summarization"] = prompts["SUMM"]  # mteb's name of the released SUMM
+    return prompts

@@ -1,4 +1,3 @@
-import json
 import math
 from types import SimpleNamespace
 
@@ -6,10 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvembed import NVEmbedModel
 from nvembed.train.collator import TripletCollator
+from nvembed.train.log import LogWindow, flops_per_token, peak_flops
 from nvembed.train.losses import Contrast, contrast
-from nvembed.train.watch import LossGuard, Window, flops_per_token
 from tests.train.test_gradient_cache import adapted, triplets_of
 
 
@@ -19,7 +17,7 @@ def rows_of(losses, positive=None, hardest=None):
 
 
 def test_window_adds_up_what_each_set_gave():
-    window = Window(torch.nn.Linear(2, 2), torch.device("cpu"))
+    window = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"))
     batch = {"chunks": [{"lengths": [3, 4]}, {"lengths": [5]}], "datasets": ["a", "b"]}
     window.add(batch, rows_of([1.0, 5.0], [0.5, 0.7], [0.1, -math.inf]))
     window.add(batch | {"datasets": ["a", "a"]}, rows_of([2.0, 3.0], [0.9, 0.9], [0.2, 0.3]))
@@ -39,7 +37,7 @@ def test_window_adds_up_what_each_set_gave():
 
 
 def test_a_window_without_any_negative_stops_the_run():
-    window = Window(torch.nn.Linear(2, 2), torch.device("cpu"))
+    window = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"))
     batch = {"chunks": [{"lengths": [3, 4]}], "datasets": ["a", "a"]}
     window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
     window.add(batch, rows_of([0.0, 0.1], [0.5, 0.7], [-math.inf, 0.2]))
@@ -83,40 +81,7 @@ def test_arithmetic_of_a_token(checkpoint, sentences):
     assert flops_per_token(model) == 2 * linear / tokens + 2 * trained
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 5000.0])
-def test_guard_stops_and_keeps_the_batch(tmp_path, checkpoint, sentences, loss):
-    model = NVEmbedModel.from_pretrained(checkpoint)
-    triplets = triplets_of(sentences)[:2]
-    batch = TripletCollator(model.tokenizer, model.config, 128, 1, chunk_tokens=60)(triplets)
-    guard = LossGuard()
-    path = tmp_path / "run" / "bad_batch-0.jsonl"
-    for usual in (2.0, 3.0, 2.5) * guard.ROWS:
-        guard.check(usual, batch, rows_of([usual, usual]), path, model.tokenizer.decode)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(
-        FloatingPointError, match=r"the loss is .* the worst batch is in .*bad_batch-0.jsonl. Lower learning_rate"
-    ):
-        guard.check(loss, batch, rows_of([loss, 1.0]), path, model.tokenizer.decode)
-        for _ in range(guard.ROWS // 2 - 1):  # innocent ones come after it
-            guard.check(20.0, {}, rows_of([20.0, 20.0]), path, model.tokenizer.decode)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2
-    for row, triplet in zip(rows, triplets):
-        assert triplet["query"] in row["query"]
-        assert triplet["positive"] in row["passages"][0]
-        assert row["dataset"] == "test"
-
-
-def test_guard_lets_a_single_hard_row_pass(tmp_path):
-    guard = LossGuard()
-    for loss in ([0.5] * 20 + [60.0]) * 5:
-        guard.check(loss, {}, rows_of([loss]), tmp_path / "bad_batch-0.jsonl", None)
-    assert guard.mean < 5
-
-
 def test_peak_is_known_by_the_devices_name(monkeypatch):
-    from nvembed.train import watch
-
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("Odd", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert watch.peak_flops(SimpleNamespace(type="cuda")) == peak
+        assert peak_flops(SimpleNamespace(type="cuda")) == peak

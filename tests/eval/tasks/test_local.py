@@ -11,11 +11,12 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, v_measure_score
 
-from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.measure import measure
-from nvembed.eval.models import LoadedModel, TaskEncoder
+from nvembed.eval.models import LoadedModel
 from nvembed.eval.results import main_score
-from nvembed.eval.select_tasks import instructions_for
+from nvembed.eval.tasks.local import read_tasks
+from nvembed.eval.tasks.lookup import instructions_for
 
 
 SEED = 42  # mteb's

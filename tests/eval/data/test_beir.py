@@ -1,6 +1,7 @@
 import pytest
 
-from nvembed.eval.retrieval import read_beir
+from nvembed.eval.data import beir as beir_layout
+from nvembed.eval.data.beir import read_beir
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_qrels_that_are_not_utf8_are_named(beir):
 def test_texts_of_the_hub_are_checked_too(monkeypatch, part, row, words):
     parts = {"corpus": [{"_id": "d1", "text": "a"}], "queries": [{"_id": "q1", "text": "b"}], "default": []}
     parts[part] = [row]
-    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: parts[config])
+    monkeypatch.setattr(beir_layout, "load_dataset", lambda name, config, split: parts[config])
     with pytest.raises(ValueError, match=words):
         read_beir("owner/x")
 
@@ -87,7 +88,7 @@ def test_a_hub_dataset_in_mteb_layout(tmp_path):
         "- config_name: corpus\n  data_files: [{split: corpus, path: corpus.jsonl}]\n"
         "- config_name: queries\n  data_files: [{split: queries, path: queries.jsonl}]\n---\n"
     )
-    from nvembed.eval.retrieval import _read_hub
+    from nvembed.eval.data.beir import _read_hub
 
     corpus, queries, qrels = _read_hub(str(repo), "test")
     assert corpus == {"d1": "T one", "d2": "two"}

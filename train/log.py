@@ -1,11 +1,8 @@
-"""What a training log says beyond the loss: where it comes from, how fast it goes, and when it must stop."""
+"""What the training log says beside the loss: where it comes from, how similar the texts are, and how fast it goes."""
 
-import json
-import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from accelerate.utils import gather_object
@@ -27,7 +24,7 @@ PEAK_FLOPS = {
 }
 
 
-class Window:
+class LogWindow:
     """The batches between two logs, of all processes together."""
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -109,61 +106,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
-
-
-class LossGuard:
-    """Stops a training whose loss is not a number, or has left everything behind that it was before."""
-
-    FACTOR = 10.0  # times the running mean, or times 1 where that is smaller
-    ROWS = 32  # at least, whose mean is set against it: a single hard row may well lose ten times the usual
-
-    def __init__(self):
-        self.mean: float | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self.total, self.rows = 0.0, 0  # of the batches that are not in the mean yet
-        self.worst: tuple[float, Mapping, list[float]] | None = None  # the one of them to write
-
-    def check(self, loss: float, batch: Mapping, rows: Contrast, path: Path, decode) -> None:
-        """Takes the loss of a batch in.
-
-        Args:
-            path: the file for a bad batch.
-            decode: token ids to text.
-
-        Raises:
-            FloatingPointError: the loss is NaN or infinite, or over the last `ROWS` rows more than `FACTOR` times its
-                running mean; the worst batch of them is in `path` by then.
-        """
-        if self.worst is None or not loss <= self.worst[0]:  # NaN is the worst
-            self.worst = loss, batch, rows.losses.tolist()
-        self.total, self.rows = self.total + loss * len(rows.losses), self.rows + len(rows.losses)
-        if math.isfinite(loss) and self.rows < self.ROWS:
-            return
-        recent, worst = self.total / self.rows, self.worst
-        self._clear()
-        if recent < (float("inf") if self.mean is None else self.FACTOR * max(self.mean, 1.0)):
-            self.mean = recent if self.mean is None else 0.95 * self.mean + 0.05 * recent
-            return
-        write_batch(path, *worst[1:], decode)
-        before = "from the start" if self.mean is None else f"{self.mean:.3f} on average before"
-        raise FloatingPointError(
-            f"the loss is {recent} ({before}); the worst batch is in {path}. Lower learning_rate, lengthen "
-            "warmup_steps, or look for broken texts in that file"
-        )
-
-
-def write_batch(path: Path, batch: Mapping, losses: Sequence[float], decode) -> None:
-    """Writes what the model read, row by row, with the losses, for inspection."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = [text for chunk in batch["chunks"] for text in _split(chunk, decode)]
-    with path.open("w", encoding="utf-8") as file:
-        for i, (dataset, loss) in enumerate(zip(batch["datasets"], losses)):
-            passages = [texts[j] for j in batch["passage_index"][i].tolist()]
-            record = {"dataset": dataset, "loss": loss, "query": texts[batch["query_index"][i]], "passages": passages}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _split(chunk: Mapping, decode) -> Sequence[str]:
-    return [decode(ids) for ids in chunk["input_ids"].cpu().split(chunk["lengths"])]

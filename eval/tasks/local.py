@@ -31,9 +31,9 @@ from mteb.abstasks import (
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
-from nvembed.eval.retrieval import read_beir
-from nvembed.eval.tables import find_table, read_jsonl, read_table, text_of
-from nvembed.modeling_nvembed import check_characters
+from nvembed.eval.data.beir import read_beir
+from nvembed.eval.data.tables import find_table, read_jsonl, read_table, text_of
+from nvembed.texts_nvembed import check_characters
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ def _read_entry(file: Path, number: int, row) -> LocalTask:
         raise ValueError(f"{where}: type is {row['type']!r}; known types are {', '.join(TYPES)}")
     folder = file.parent / row["path"]
     if not folder.is_dir():
-        raise ValueError(f"{where}: the folder {folder} does not exist; `path:` is relative to {file}")
+        raise ValueError(
+            f"{where}: the folder {folder} does not exist; `path:` is relative to {file}, whose first lines "
+            "say where data comes from that nvembed does not bring along"
+        )
     name = row.get("name", Path(row["path"]).name)
     if not name or not all(character.isalnum() or character in "-_." for character in name):
         raise ValueError(f"{where}: name is {name!r}; results are files of that name: use letters, digits, - _ .")
@@ -138,7 +141,7 @@ def make_task(entry: LocalTask) -> AbsTask:
         eval_splits=[entry.split],
         eval_langs=["eng-Latn"],
         main_score=main_score,
-        dataset={"path": entry.path.name, "revision": fingerprint(data)},
+        dataset={"path": entry.path.name, "revision": digest_data(data)},
     )
     attributes = {"metadata": metadata, "instruction": entry.instruction}
     if abstract is AbsTaskClustering:
@@ -148,7 +151,7 @@ def make_task(entry: LocalTask) -> AbsTask:
     return task
 
 
-def fingerprint(data) -> str:
+def digest_data(data) -> str:
     """A digest of the data, which mteb keeps as the data set's revision beside each score."""
     digest = hashlib.sha256()
     for split in sorted(data):

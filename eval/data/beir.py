@@ -4,7 +4,9 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.eval.tables import read_jsonl, text_of
+from datasets import load_dataset
+
+from nvembed.eval.data.tables import read_jsonl, text_of
 
 
 @dataclass
@@ -92,8 +94,6 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 
 def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
-    from datasets import load_dataset
-
     try:
         corpus_rows = load_dataset(name, "corpus", split="corpus")
         query_rows = load_dataset(name, "queries", split="queries")

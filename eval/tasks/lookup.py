@@ -9,8 +9,8 @@ import mteb
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-from nvembed.eval.instructions import TaskInstruction, find_instruction
-from nvembed.eval.local_tasks import read_tasks
+from nvembed.eval.tasks.instructions import TaskInstruction, find_instruction
+from nvembed.eval.tasks.local import read_tasks
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def select_tasks(names: Iterable[str]) -> list[AbsTask]:
     A name that the paper's benchmark has is taken from it, with its language and split.
 
     Args:
-        names: of benchmarks or tasks of mteb, or paths of YAML files (see `nvembed.eval.local_tasks`).
+        names: of benchmarks or tasks of mteb, or paths of YAML files (see `nvembed.eval.tasks.local`).
 
     Raises:
         ValueError: a name is unknown (the nearest are given), two different tasks have one name, a file is wrong.

@@ -1,8 +1,8 @@
 import json
 
-from nvembed.eval.retrieval import read_beir
-from nvembed.train.data import python_docs
-from nvembed.train.data.python_docs import is_held_out, split_docstring, standard_library
+from nvembed.eval.data.beir import read_beir
+from nvembed.train.quickstart import docs
+from nvembed.train.quickstart.docs import is_held_out, split_docstring, standard_library
 
 
 def test_split_docstring():
@@ -25,8 +25,8 @@ def test_standard_library_gives_enough_distinct_pairs():
 
 
 def test_nothing_held_out_is_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(python_docs, "installed_packages", lambda limit: standard_library())  # a package that copies it
-    counts = python_docs.write_datasets(tmp_path)
+    monkeypatch.setattr(docs, "installed_packages", lambda limit: standard_library())  # a package that copies it
+    counts = docs.write_datasets(tmp_path)
     test = read_beir(str(tmp_path / "held_out"), "test")
     assert counts["held_out"] == len(test.queries) == len(test.corpus) > 300
     assert all(is_held_out(name.split(".")[0]) for name in test.queries)

@@ -1,6 +1,6 @@
 """Answers questions from a corpus with a checkpoint alone: transformers, no `nvembed`.
 
-python -I train/quickstart_answers.py CHECKPOINT BEIR_FOLDER QUESTION...
+python -I train/quickstart/answers.py CHECKPOINT BEIR_FOLDER QUESTION...
 """
 
 import json

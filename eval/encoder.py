@@ -1,0 +1,50 @@
+"""What mteb calls to embed a task's texts."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
+
+from nvembed.eval.models import LoadedModel
+from nvembed.eval.processes import Embed
+from nvembed.eval.tasks.instructions import TaskInstruction
+from nvembed.texts_nvembed import format_instruction
+
+
+class TaskEncoder(AbsEncoder):
+    """What mteb calls: collects a task's texts, looks up their instruction and embeds them.
+
+    Args:
+        instructions: by name of the task.
+    """
+
+    def __init__(self, model: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]):
+        self.prompts, self.embed, self.instructions = model.prompts, embed, instructions
+        overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": model.similarity}
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites)
+
+    def encode(
+        self,
+        inputs,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **options,
+    ) -> np.ndarray:
+        """Embeddings `[texts, width]` of what a `DataLoader` of mteb's yields; equal texts are embedded once."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+        embeddings = self.embed(list(unique), self.prefix(task_metadata, prompt_type))
+        return embeddings[[unique[text] for text in texts]]
+
+    def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """The instruction of one side of a task as the model reads it."""
+        if self.prompts is not None:
+            return self.prompts.get(get_prompt_name(self.prompts, task_metadata, prompt_type) or "default", "")
+        instruction = self.instructions[task_metadata.name]
+        return format_instruction(instruction.document if prompt_type is PromptType.document else instruction.query)

@@ -1,0 +1,181 @@
+import json
+import random
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+from nvembed.train.data import mining
+from nvembed.train.data.mining import mine_negatives
+from nvembed.train.data.prepared import write_jsonl
+from nvembed.train.data.source import Pairs
+from nvembed.train.data.teachers import BM25, split_words
+
+
+class Fixed:
+    """A teacher with one row of scores for every query, as an embedding model has: it tells all documents apart."""
+
+    def __init__(self, corpus, scores):
+        self.corpus = corpus
+        self.row = np.array(scores, dtype=np.float32)
+
+    def search(self, queries, k):
+        order = np.argsort(-self.row, kind="stable")[:k]
+        return (np.tile(x, (len(queries), 1)) for x in (self.row[order], order))
+
+    def pair_scores(self, queries, documents):
+        return self.row[[self.corpus.index(document) for document in documents]]
+
+
+def mine(pairs, corpus, num_negatives, scores=None, **options):
+    if scores is not None:
+        options["make_teacher"] = partial(Fixed, scores=scores)
+    return list(mine_negatives(Pairs(pairs, corpus), num_negatives, **options))
+
+
+def test_negatives_are_the_best_below_the_threshold():
+    pair = {"query": "q", "positive": "pos", "known_positives": ["pos", "also right"]}
+    corpus = ["pos", "too close", "best", "also right", "second", "third", "q"]
+    (triplet,) = mine([pair], corpus, 2, [10.0, 9.6, 9.4, 8.0, 5.0, 1.0, 9.0])  # threshold 0.95 * 10
+    assert triplet == {"query": "q", "positive": "pos", "negatives": ["best", "second"]}
+
+
+def test_a_candidate_too_close_is_no_negative_even_where_others_lack():
+    (triplet,) = mine([{"query": "q", "positive": "pos"}], ["pos", "too close", "a"], 2, [10.0, 9.6, 0.0])
+    assert triplet["negatives"] == ["a"]
+
+
+def test_negatives_far_down_the_ranking_are_found(monkeypatch):
+    """All negatives lie behind more documents that are too close than are ranked at first."""
+    monkeypatch.setattr(mining, "RANKS", 3000)  # some queries at a time
+    corpus = ["pos", *(f"close {i}" for i in range(1500)), *(f"far {i}" for i in range(600))]
+    scores = [100.0, *np.linspace(99.9, 96, 1500), *np.linspace(94, 1, 600)]
+    pairs = [{"query": f"q{i}", "positive": "pos"} for i in range(5)]
+    assert [row["negatives"] for row in mine(pairs, corpus, 3, scores)] == [["far 0", "far 1", "far 2"]] * 5
+
+
+def test_mined_negatives_equal_a_direct_loop():
+    """Every negative that scores above 0 is one of the best below the threshold, for BM25 over random words."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefghijklmnop", k=6)) + f" w{i}" for i in range(300)]
+    pairs = [{"query": " ".join(rng.choices("abcdefghijklmnop", k=3)), "positive": text} for text in texts[:40]]
+    corpus = list(dict.fromkeys(texts))
+    teacher = BM25(corpus)
+    for triplet in mine(pairs, texts, 7):
+        query, positive = triplet["query"], triplet["positive"]
+        same_query = {pair["positive"] for pair in pairs if pair["query"] == query}
+        scores = dict(zip(corpus, teacher.pair_scores([query] * len(corpus), corpus)))
+        limit = 0.95 * scores[positive] if scores[positive] > 0 else 1e-9
+        eligible = sorted((s for t, s in scores.items() if s < limit and t not in same_query), reverse=True)
+        assert not same_query & set(triplet["negatives"])
+        assert len(set(triplet["negatives"])) == 7
+        np.testing.assert_allclose([scores[text] for text in triplet["negatives"]], eligible[:7], atol=1e-5)
+
+
+def test_pairs_with_negatives_pass_unchanged():
+    rows = [{"query": "q", "positive": "p", "negatives": ["n"]}, {"query": "r", "positive": "s", "negatives": []}]
+    assert mine(rows, None, 5) == rows
+
+
+def test_corpora_without_a_word_get_random_negatives():
+    pairs = [{"query": "it is", "positive": "🙂"}, {"query": "🙃", "positive": "a"}]
+    first, second = mine(pairs, ["🙂", "a", "the", " "], 2)
+    assert sorted(first["negatives"]) == ["a", "the"]
+    assert sorted(second["negatives"]) == ["the", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("重置密码", ["重", "置", "密", "码", "重置", "置密", "密码"]),
+        ("京タワー", ["京", "タ", "ワ", "ー", "京タ", "タワ", "ワー"]),
+        ("ﾊﾟｽ", ["パ", "ス", "パス"]),  # half width
+        ("กี่วัน", ["กี่", "วั", "น", "กี่วั", "วัน"]),  # letters with their marks
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("C語言, R and v2", ["C", "語", "言", "語言", "R", "and", "v2"]),
+        ("茶", ["茶"]),
+    ],
+)
+def test_words_of_every_script(text, words):
+    assert split_words(text) == words
+
+
+def bm25_scores(query, corpus):
+    """The scores of all documents: by search, where it ranks them, and the same by pairs."""
+    teacher = BM25(corpus)
+    (scores,), (positions,) = teacher.search([query], len(corpus))
+    assert (np.diff(scores) <= 0).all()
+    row = np.zeros(len(corpus), dtype=np.float32)
+    row[positions[positions >= 0]] = scores[positions >= 0]
+    np.testing.assert_allclose(teacher.pair_scores([query] * len(corpus), corpus), row, rtol=1e-6)
+    return row
+
+
+def test_bm25_ranks_scripts_without_spaces(caplog):
+    query, positive, near_miss = "如何重置密码", "打开设置并选择账户即可重置密码", "如何重置路由器的密码和名称"
+    scores = bm25_scores(query, ["今天天气很好", positive, near_miss])
+    assert scores[0] == 0 < scores[1] < scores[2], "the near miss shares more of the query"
+    scores = bm25_scores("税", ["如何报税", "今天天气很好"])
+    assert scores[0] > scores[1] == 0
+    pair = {"query": query, "positive": near_miss}
+    for seed in range(5):
+        (triplet,) = mine([pair], ["今天天气很好", positive, "我们去公园"], 1, seed=seed)
+        assert triplet["negatives"] == [positive]
+    mine([pair, {"query": "zebra", "positive": positive}], [positive], 1)
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "1 of 2 queries match no document of the corpus" in message
+
+
+def test_missing_negatives_are_drawn_without_repetition():
+    pair = {"query": "red apples", "positive": "red apples grow"}
+    corpus = ["red apples grow", "red boats", *(f"grey {i}" for i in range(1000))]
+    drawn = set()
+    for seed in range(3):
+        (triplet,) = mine([pair], corpus, 5, seed=seed)
+        first, *others = triplet["negatives"]
+        assert first == "red boats", "the one that is ranked comes first"
+        assert len(set(others) - {"red apples grow", "red boats"}) == 4
+        drawn |= set(others)
+    assert len(drawn) > 4, "at random"
+    (triplet,) = mine([pair], corpus[:4], 5)
+    assert sorted(triplet["negatives"]) == ["grey 0", "grey 1", "red boats"], "the corpus has no more"
+
+
+def test_bm25_scores_equal_a_direct_loop():
+    """Lucene's BM25 (k1 = 1.5, b = 0.75), word by word."""
+    corpus = ["red apples grow", "green apples", "boats sail far across seas", "red boats"]
+    words = [text.split() for text in corpus]
+    mean_length = sum(map(len, words)) / len(words)
+    query = ["red", "apples", "red"]
+    expected = []
+    for document in words:
+        score = 0.0
+        for word in query:
+            frequency = sum(word in other for other in words)
+            idf = np.log(1 + (len(words) - frequency + 0.5) / (frequency + 0.5))
+            count = document.count(word)
+            score += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(document) / mean_length))
+        expected.append(score)
+    np.testing.assert_allclose(bm25_scores(" ".join(query), corpus), expected, atol=1e-5)
+
+
+def test_a_query_of_unknown_words_ranks_nothing():
+    scores, positions = BM25(["red apples", "boats"]).search(["zzz", "boats"], 5)
+    assert scores[0].tolist() == [0.0, 0.0]
+    assert positions.tolist() == [[-1, -1], [1, -1]]
+
+
+def test_script_writes_ready_triplets_and_overwrites_nothing(tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps({"query": f"w{i} a", "positive": f"w{i} b"}) + "\n" for i in range(4)))
+    output = tmp_path / "out" / "mined.jsonl"
+    command = [sys.executable, "-m", "nvembed.train.data.mine_negatives", "--path", source, "--output", output]
+    subprocess.run([*command, "--num_negatives", "2", "--instruction", "Find"], check=True, capture_output=True)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(len(row["negatives"]) == 2 and row["instruction"] == "Find" for row in rows)
+    assert [path.name for path in output.parent.iterdir()] == ["mined.jsonl"]
+    with pytest.raises(FileExistsError, match="mined.jsonl exists"):
+        write_jsonl(output, rows)

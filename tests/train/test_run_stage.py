@@ -1,0 +1,104 @@
+"""The data of a run: blended, made once, and never exchanged under a checkpoint."""
+
+import json
+import os
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from nvembed.train.arguments import DataArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.data.source import DatasetSource
+from nvembed.train.run_stage import after_main_process, load_blend
+from tests.triplets import prepare, write_jsonl
+
+
+def blend_of(tmp_path, sources, **options):
+    arguments = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments = Stage1Arguments(**(arguments | options))
+    return load_blend(DataArguments(sources, num_negatives=1, instruction="all"), arguments), arguments
+
+
+def test_checkpoints_keep_the_data_that_they_were_trained_on(tmp_path, labelled, monkeypatch):
+    sources = [DatasetSource(str(labelled), name="labels")]
+    table = tmp_path / "out" / "triplets" / "000.arrow"
+    blend_of(tmp_path, sources)
+    made = table.read_bytes()
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    os.utime(labelled / "train.jsonl", (0, 0))  # copied or touched, it is the same data
+    monkeypatch.chdir(labelled)
+    blend_of(tmp_path, [DatasetSource(".", name="labels")])
+    for arguments, words in (
+        ({"name": "others"}, "datasets were labels and are others"),
+        ({"name": "labels", "samples": 5}, "labels: samples was None and is 5"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-1 was trained on other data: {words}; give what"):
+            blend_of(tmp_path, [DatasetSource(str(labelled), **arguments)])
+    with pytest.raises(ValueError, match="seed was 42 and is 1;"):
+        blend_of(tmp_path, sources, data_seed=1)
+    with (labelled / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a text of today", "label": "rate"}) + "\n")
+    with pytest.raises(ValueError, match="labels: train.jsonl has changed; .* or name another --output_dir"):
+        blend_of(tmp_path, sources)
+    assert table.read_bytes() == made
+    (tmp_path / "out" / "checkpoint-1").rmdir()
+    blend_of(tmp_path, sources)
+    assert b"a text of today" in table.read_bytes(), "edited, made anew"
+
+
+def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
+    same = write_jsonl(tmp_path / "same.jsonl", [{"query": "q", "positive": "p"}] * 8)  # nothing to mine
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4}
+    sources = [DatasetSource(same, instruction="")]
+    words = r"same.jsonl: none of its 8 triplets has a negative, .* nothing would be learned"
+    with pytest.raises(ValueError, match=words):
+        load_blend(DataArguments(sources, num_negatives=2), Stage2Arguments(**options))
+    with pytest.raises(ValueError, match=words):
+        load_blend(
+            DataArguments(sources, num_negatives=2), Stage1Arguments(**(options | {"per_device_train_batch_size": 1}))
+        )
+    blend = load_blend(DataArguments(sources, num_negatives=2), Stage1Arguments(**(options | {"max_steps": 2})))
+    assert len(blend) == 8, "in-batch negatives"
+
+
+def test_processes_that_wait_too_long_say_what_for(tmp_path, caplog):
+    """By a stand-in for the timeout of the process group, which transformers sets on GPUs alone."""
+
+    @contextmanager
+    def main_process_first(local, desc):
+        raise RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+        yield
+
+    arguments = SimpleNamespace(ddp_timeout=3, world_size=2, process_index=0, main_process_first=main_process_first)
+    with (
+        pytest.raises(TimeoutError, match=r"did not finish the triplets .* raise --ddp_timeout"),
+        after_main_process(arguments),
+    ):
+        pass
+    (message,) = [record.message for record in caplog.records]
+    assert "The other processes wait ddp_timeout = 3 s for the triplets" in message, "said before the wait"
+    arguments.main_process_first = lambda local, desc: nullcontext()
+    with pytest.raises(RuntimeError, match="of its own"), after_main_process(arguments):
+        raise RuntimeError("of its own")
+
+
+def by_texts(triplet: dict) -> list:
+    return [triplet[column] for column in ("dataset", "query", "positive", "negatives", "instruction", "symmetric")]
+
+
+def test_a_blend_lasts_the_run_and_is_made_once(tmp_path, labelled, beir):
+    sources = [DatasetSource(str(labelled), name="labels"), DatasetSource(str(beir), name="papers")]
+    triplets = prepare(sources, 1, seed=42, instruction="all").to_list()
+    blend, arguments = blend_of(tmp_path, sources, num_train_epochs=2)
+    assert arguments.num_train_epochs == 2, "nobody writes into the arguments"
+    for epoch in (blend[i] for i in range(len(triplets))), (blend[len(triplets) + i] for i in range(len(triplets))):
+        assert sorted(map(by_texts, epoch)) == sorted(map(by_texts, triplets))
+    assert len(blend_of(tmp_path, sources, max_steps=7)[0]) == 28
+
+    made = (tmp_path / "out" / "triplets" / "000.arrow").stat().st_mtime_ns
+    blend_of(tmp_path, sources)
+    assert (tmp_path / "out" / "triplets" / "000.arrow").stat().st_mtime_ns == made, "mining is not done twice"
+    sources[0].samples = 1
+    assert len(blend_of(tmp_path, sources, num_train_epochs=1)[0]) < len(triplets), "other settings, other tables"
+    with pytest.raises(ValueError, match="triplets do not fill one batch of 400"):
+        blend_of(tmp_path, sources, per_device_train_batch_size=100, gradient_accumulation_steps=4)

@@ -1,0 +1,208 @@
+"""Triplets on disk, one Arrow file a source, with a record of what they were made of."""
+
+import json
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
+from transformers.utils.logging import get_logger
+
+from nvembed.eval.files import sha256, whole
+from nvembed.train.data.kinds import KINDS, kind_of
+from nvembed.train.data.mining import mine_negatives
+from nvembed.train.data.source import DatasetSource, find_file, is_beir
+
+
+logger = get_logger(__name__)
+
+MADE_OF = "made_of.json"  # within the folder of tables
+
+TRIPLET_FEATURES = Features(
+    {
+        "query": Value("string"),
+        "positive": Value("string"),
+        "negatives": ListOf(Value("string")),
+        "dataset": Value("string"),
+        "instruction": Value("string"),
+        "symmetric": Value("bool"),
+        "positive_score": Value("float64"),  # a teacher's, where the data came with one
+        "negative_scores": ListOf(Value("float64")),
+    }
+)
+
+
+def iterate_triplets(
+    source: DatasetSource, num_negatives: int, seed: int = 0, instruction: str | None = None
+) -> Iterator[dict]:
+    """Yields the triplets of one source with all columns of `TRIPLET_FEATURES`, scores only where there are any.
+
+    Logs at the end how many negatives are missing.
+
+    Args:
+        instruction: for triplets to which neither the recipe's entry nor the row gives one.
+
+    Raises:
+        ValueError: the source gives none, or a triplet has no instruction from anywhere.
+    """
+    kind = KINDS[kind_of(source)]
+    usual = {"dataset": source.name, "instruction": instruction, "symmetric": kind.symmetric}
+    asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
+    asked = {column: value for column, value in asked.items() if value is not None}
+    rows = ragged = missing = 0
+    for record in mine_negatives(kind.load(source, num_negatives, seed), num_negatives, seed):
+        triplet = {**usual, **record, **asked}
+        if triplet["instruction"] is None:
+            raise ValueError(
+                f"{source.path} has no instruction, which every query carries (paper section 3.1): set `instruction:` "
+                'in its entry, or --instruction for all; "" is for none'
+            )
+        lacking = max(0, num_negatives - len(triplet["negatives"]))
+        rows += 1
+        ragged += lacking > 0
+        missing += lacking
+        yield triplet
+    if missing:
+        logger.warning(
+            f"{source.path}: {ragged} of {rows} triplets have fewer than num_negatives = {num_negatives} negatives; "
+            f"{missing} of {rows * num_negatives} places stay empty"
+        )
+    if not rows:
+        raise ValueError(f"{source.path}: split {source.split!r} gave no triplets; add rows, or leave it out")
+
+
+# --- Writing and reading
+
+
+def write_tables(
+    folder: Path,
+    sources: Sequence[DatasetSource],
+    num_negatives: int,
+    seed: int,
+    instruction: str | None,
+    checkpoints: Sequence[Path] = (),
+) -> None:
+    """Writes one Arrow file a source into `folder`, unless it holds tables made of the same data and settings.
+
+    Args:
+        checkpoints: those that were trained on the tables in `folder`, last one last; they keep their tables.
+
+    Raises:
+        ValueError: as `iterate_triplets`; there are checkpoints, and their tables were made of something else.
+    """
+    settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
+    made_of = settings | {"datasets": [provenance(source) for source in sources]}
+    before = read_provenance(folder)
+    if before == made_of:
+        return
+    if before is not None and checkpoints:
+        raise ValueError(
+            f"{checkpoints[-1]} was trained on other data: {first_difference(before, made_of)}; give what it began "
+            "with, or name another --output_dir"
+        )
+    if checkpoints:
+        logger.warning(f"{folder} is gone, so whether {checkpoints[-1].name} was trained on this data is not known")
+    with whole(folder) as partial:
+        partial.mkdir()
+        for index, source in enumerate(sources):
+            write_table(partial / table_name(index), iterate_triplets(source, num_negatives, seed, instruction))
+        (partial / MADE_OF).write_text(json.dumps(made_of, indent=1))
+
+
+def table_name(index: int) -> str:
+    return f"{index:03}.arrow"
+
+
+def write_table(path: Path, triplets: Iterable[dict]) -> None:
+    """Writes triplets to an Arrow file that `Dataset.from_file` reads, a thousand in memory at a time."""
+    schema = TRIPLET_FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        triplets = iter(triplets)
+        while rows := list(islice(triplets, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def write_jsonl(path: Path, triplets: Iterable[dict]) -> int:
+    """Writes triplets to a JSON Lines file and returns how many.
+
+    Raises:
+        FileExistsError: the file exists; nothing is mined then.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name another --output or remove it")
+    lines = 0
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for triplet in triplets:
+            file.write(json.dumps(triplet, ensure_ascii=False) + "\n")
+            lines += 1
+    return lines
+
+
+def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]:
+    """The tables of `write_tables`, memory-mapped.
+
+    Raises:
+        FileNotFoundError: the main process wrote them to a disk of its own.
+    """
+    tables = []
+    for index in range(len(sources)):
+        path = folder / table_name(index)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is absent on {socket.gethostname()}, though the main process has written it: output_dir must "
+                "be on a disk that all machines share"
+            )
+        tables.append(Dataset.from_file(str(path)))
+    return tables
+
+
+def check_have_negatives(tables: Sequence[Dataset], sources: Sequence[DatasetSource]) -> None:
+    """Raises a `ValueError` for a set none of whose rows has a negative: its loss would be 0 whatever is learned."""
+    for table, source in zip(tables, sources, strict=True):
+        if not pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
+            raise ValueError(
+                f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
+                "(in_batch_negatives off, or one row a batch), so nothing would be learned from it: give it negatives, "
+                "leave them out of the file to have them mined, or drop the set"
+            )
+
+
+# --- What tables were made of
+
+
+def read_provenance(folder: Path) -> dict | None:
+    """The settings, sources and digests that the tables in `folder` were made of; None without tables."""
+    file = folder / MADE_OF
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def provenance(source: DatasetSource) -> dict:
+    """What a source's table is made of: its entry, and the SHA-256 of each local file, wherever that lies."""
+    if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
+        files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
+    else:
+        files = [find_file(source)]
+    digests = {file.name: sha256(file) for file in files if file is not None and file.is_file()}
+    return asdict(source) | {"path": None if digests else source.path, "files": digests}
+
+
+def first_difference(before: dict, now: dict) -> str:
+    """The first setting or file in which the provenance of two folders of tables differs."""
+    old, new = ([source["name"] for source in made_of["datasets"]] for made_of in (before, now))
+    if old != new:
+        return f"datasets were {', '.join(old)} and are {', '.join(new)}"
+    pairs = [("", before, now), *((f"{a['name']}: ", a, b) for a, b in zip(before["datasets"], now["datasets"]))]
+    for name, was, is_ in pairs:
+        for key, value in is_.items():
+            if key == "files" and value != was.get(key):
+                files = was.get(key, {})
+                changed = [file for file in files.keys() | value.keys() if files.get(file) != value.get(file)]
+                return f"{name}{min(changed)} has changed"
+            if key != "datasets" and value != was.get(key):
+                return f"{name}{key} was {was.get(key)!r} and is {value!r}"
+    return "an earlier version of nvembed made it"

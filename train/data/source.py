@@ -1,0 +1,216 @@
+"""One entry of a recipe's `datasets:`, its rows, and the pairs that a family makes of them."""
+
+import math
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from datasets import load_dataset
+
+from nvembed.eval.data import tables
+from nvembed.texts_nvembed import check_characters
+
+
+T = TypeVar("T")
+
+TABLE_SUFFIXES = (".jsonl", ".json", *tables.BUILDERS)
+
+
+@dataclass
+class DatasetSource:
+    """One entry of a recipe's `datasets:`; on the command line, `--datasets PATH ...`.
+
+    Args:
+        path: a local file (JSONL, CSV, Parquet), a local folder, or a Hub dataset.
+        kind: how rows become triplets, a key of `nvembed.train.data.kinds.KINDS`; None: inferred from the layout.
+        split: the split to read.
+        instruction: the task definition, without "Instruct:", for every query. "" is none, None: not given.
+        symmetric: whether the instruction also goes on positives and negatives; None: the kind's default.
+        samples: draw at most this many, always the same ones for a seed; None: all.
+        weight: the set's share of the blend, relative to the other sets'; None for all sets: by number of triplets.
+        name: what logs call it; None: the last part of `path`.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    path: str
+    kind: str | None = None
+    split: str = "train"
+    instruction: str | None = None
+    symmetric: bool | None = None
+    samples: int | None = None
+    weight: float | None = None
+    name: str | None = None
+
+    def __post_init__(self):
+        for name, kinds in FIELD_TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (name in ("samples", "weight") and isinstance(value, bool)):
+                raise ValueError(f"datasets: {name} is {value!r} of type {type(value).__name__} in {self}")
+        for name in ("instruction", "name"):
+            check_characters(getattr(self, name) or "", f"datasets: {name} of {self.path}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"{self.path}: samples is {self.samples}; it must be at least 1, or left out for all")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or left out")
+        if self.name is None:
+            self.name = Path(self.path).stem
+
+
+FIELD_TYPES = {
+    "path": str,
+    "kind": (str, type(None)),
+    "split": str,
+    "instruction": (str, type(None)),
+    "symmetric": (bool, type(None)),
+    "samples": (int, type(None)),
+    "weight": (float, int, type(None)),
+    "name": (str, type(None)),
+}
+
+
+class Pairs(NamedTuple):
+    """What a family makes of a source.
+
+    Args:
+        pairs: dictionaries of `query` and `positive`, which can be iterated once. Beside them `negatives` where
+            `corpus` is None, `known_positives` (all relevant texts of the query) where it is not, and any further
+            column of a triplet that the rows have.
+        corpus: the texts to mine negatives from; None: the pairs carry their negatives already.
+    """
+
+    pairs: Iterable[dict]
+    corpus: Sequence[str] | None = None
+
+
+def as_source(entry: DatasetSource | dict | str) -> DatasetSource:
+    """A recipe's mapping, or a path alone, as a `DatasetSource`.
+
+    Raises:
+        ValueError: the entry is something else, a key is unknown, or `path` is missing.
+    """
+    if isinstance(entry, DatasetSource):
+        return entry
+    if isinstance(entry, str):
+        return DatasetSource(entry)
+    if not isinstance(entry, dict):
+        raise ValueError(f"datasets: {entry!r} is neither a mapping with a path nor a path")
+    known = [field.name for field in fields(DatasetSource)]
+    unknown = sorted(entry.keys() - set(known))
+    if unknown or "path" not in entry:
+        fault = f"unknown key {unknown[0]!r}" if unknown else "no path"
+        raise ValueError(f"datasets: {entry} has {fault}; an entry has path and, as needed, {', '.join(known[1:])}")
+    return DatasetSource(**entry)
+
+
+def resolve_entry(entry, folder: Path):
+    """An entry of a YAML file in `folder`: a relative path that exists there, else a Hub name if it looks like one."""
+    if isinstance(entry, str):
+        return resolve_path(entry, folder)
+    if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+        return {**entry, "path": resolve_path(entry["path"], folder)}
+    return entry  # an error of `as_source`
+
+
+def resolve_path(path: str, folder: Path) -> str:
+    found = folder / path
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and found.suffix not in TABLE_SUFFIXES
+    return path if is_hub_name and not found.exists() else str(found.resolve())
+
+
+def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
+    """The sources, if they can be blended.
+
+    Raises:
+        ValueError: there are none, two share a name, or only some have a weight.
+    """
+    if not sources:
+        raise ValueError("datasets is empty: name at least one dataset in the recipe, or with --datasets PATH")
+    names = [source.name for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"datasets: two are named {twice.pop()!r}, and logs would mix them up; give one a `name:`")
+    without = [source.name for source in sources if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(f"datasets: {without[0]} has no weight and others have one; give one to all, or to none")
+    return sources
+
+
+# --- Rows
+
+
+def read_rows(source: DatasetSource, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Yields (name of the row, row): `train.jsonl:17` for a JSONL file, `squad[train][16]` from the Hub.
+
+    Raises:
+        ValueError: nothing is found at the path, or a row lacks a required column.
+    """
+    if not Path(source.path).exists() and (Path(source.path).is_absolute() or source.path.endswith(TABLE_SUFFIXES)):
+        raise ValueError(
+            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder, and its first "
+            "lines say where data comes from that nvembed does not bring along"
+        )
+    file = find_file(source)
+    if file is not None:
+        yield from tables.read_table(file, required)
+        return
+    try:
+        table = load_dataset(source.path, split=source.split)
+    except Exception as error:
+        raise ValueError(
+            f"{source.path!r} is neither a local file or folder nor a dataset that the Hub gives: {error}"
+        ) from error
+    yield from tables.named_rows(table, f"{source.path}[{source.split}]", required)
+
+
+def columns_of(source: DatasetSource) -> set[str]:
+    """Column names of the first row."""
+    for _, row in read_rows(source):
+        return set(row)
+    raise ValueError(f"{source.path}: split {source.split!r} is empty; add rows, or leave it out")
+
+
+def find_file(source: DatasetSource) -> Path | None:
+    """The local file that holds the split, or None for a Hub dataset.
+
+    Raises:
+        ValueError: the path is a folder without a file for the split.
+    """
+    path = Path(source.path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return None
+    if (table := tables.find_table(path, source.split)) is not None:
+        return table
+    found = sorted(entry.name for entry in path.iterdir())
+    raise ValueError(
+        f"{path}: unknown dataset layout: no {source.split}.jsonl, .csv or .parquet and no BEIR corpus.jsonl; "
+        f"found {found[:10]}"
+    )
+
+
+def is_beir(source: DatasetSource) -> bool:
+    return Path(source.path, "corpus.jsonl").is_file()
+
+
+def sample(items: list[T], samples: int | None, seed: int) -> list[T]:
+    """At most `samples` items in their order, drawn at random but always the same ones for a seed."""
+    if samples is None or samples >= len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), samples))]
+
+
+def text_of(row: dict, column: str, name: str) -> str:
+    """A text column of a row.
+
+    Raises:
+        ValueError: it is no string, or empty; the row is named.
+    """
+    value = tables.text_of(row, column, name)
+    if not value.strip():
+        raise ValueError(f'{name}: "{column}" is empty; every {column} needs text')
+    return value

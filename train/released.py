@@ -1,0 +1,82 @@
+"""Released NV-Embed checkpoints as checkpoints of ours: converted without reading the weights, or folded."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.logging import tqdm
+
+from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.tasks.instructions import paper_prompts
+from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files
+from nvembed.texts_nvembed import load_tokenizer, save_tokenizer
+from nvembed.train.checkpoints import INDEX, check_output_dir, check_weights, staged, tensors_of, write_checkpoint
+
+
+DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
+
+
+def fold_released(source: str, output_dir: str) -> None:
+    """Writes a released checkpoint with its latent attention folded; loads it whole, in the dtype of its files.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+        ValueError: as `NVEmbedModel.from_pretrained`.
+    """
+    check_output_dir(output_dir)
+    model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
+    model.config.prompts = model.config.prompts or paper_prompts()
+    write_checkpoint(model, output_dir)
+
+
+def convert_released(source: str, output_dir: str) -> None:
+    """Writes a released checkpoint with our code: the same weights, never read into memory.
+
+    The files of weights are hard links where the file system allows it, copies elsewhere. Config, tokenizer, license
+    and model card stay what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
+
+    Args:
+        source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
+        output_dir: the folder to write; must not hold a checkpoint.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+        ValueError: `source` is no NV-Embed checkpoint, or a tensor is missing, unknown, of another shape or cut off.
+    """
+    check_output_dir(output_dir)
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *DOCUMENTS]))
+        except Exception as error:
+            raise ValueError(
+                f"{source} is neither a local folder nor a Hub model that can be reached: {error}"
+            ) from error
+    kind = NVEmbedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != NVEmbedConfig.model_type:
+        raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
+    config = NVEmbedConfig.from_pretrained(folder)
+    config.prompts = config.prompts or paper_prompts()
+    shards = check_weights(folder, tensors_of(config))
+    with staged(output_dir) as partial:
+        for shard in tqdm(shards, desc="Linking", unit="file"):
+            link_or_copy(shard, partial / shard.name)
+        for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
+            shutil.copyfile(file, partial / file.name)
+        tokenizer = load_tokenizer(str(folder), config.add_pad_token, config.text_config.vocab_size)
+        save_tokenizer(tokenizer, str(partial))
+        save_sentence_transformers_files(config, str(partial))
+        with torch.device("meta"):
+            custom_object_save(NVEmbedModel(config), str(partial), config=config)  # the code files, and `auto_map`
+        config.architectures = [NVEmbedModel.__name__]
+        config.save_pretrained(partial)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # the Hub's cache holds links to its files
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,142 @@
+"""What both stages do: read the recipe, prepare model and data, train, save, push."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils.logging import get_logger
+from trl import get_quantization_config
+
+from nvembed.eval.tasks.local import read_tasks
+from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.adapter import add_adapter
+from nvembed.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    RecipeParser,
+    StageArguments,
+    check_negatives,
+    settings_of,
+)
+from nvembed.train.card import describe_run, write_card
+from nvembed.train.checkpoints import check_output_dir
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.blend import Blend
+from nvembed.train.data.prepared import check_have_negatives, read_provenance, read_tables, write_tables
+from nvembed.train.data.source import check_sources
+from nvembed.train.hub import check_push, push
+from nvembed.train.memory import limit_primitive_cache
+from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
+from nvembed.train.trainer import EmbeddingTrainer
+
+
+logger = get_logger(__name__)
+
+
+def main(stage: type[StageArguments]) -> None:
+    """Runs a stage with the settings of the command line and of the recipe that it names."""
+    run_stage(*RecipeParser(ModelArguments, DataArguments, stage).parse_args_and_config())
+
+
+def run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
+    """Trains one stage and writes its merged checkpoint to `output_dir`; everything that can fail early does."""
+    limit_primitive_cache()
+    check_output_dir(training_args.output_dir)
+    check_negatives(data_args, training_args)
+    repositories = check_push(training_args, model_args)
+    settings = settings_of(model_args, data_args, training_args)
+    resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)
+    tasks = None
+    if data_args.eval_tasks is not None:
+        tasks = read_tasks(data_args.eval_tasks, data_args.eval_names)
+    set_seed(training_args.seed)  # LoRA's first weights are drawn before the Trainer sets it
+    model = NVEmbedModel.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+    )
+    base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
+    adapted = add_adapter(model, model_args)
+    if resume is not None:
+        check_resume(resume, adapted)
+    blend = load_blend(data_args, training_args)
+    kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
+    record = RunRecord(kept, base, read_provenance(training_args.triplets_dir))
+    if resume is not None:
+        steps = len(blend) // training_args.update_rows
+        record = resume_record(resume, record, steps, is_deepspeed=training_args.deepspeed_plugin is not None)
+
+    trainer = EmbeddingTrainer(
+        model=adapted,
+        args=training_args,
+        train_dataset=blend,
+        eval_dataset=tasks,
+        eval_max_length=data_args.max_length,
+        record=record,
+        data_collator=TripletCollator(
+            model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
+        ),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+
+    def write_cards(folder: Path, is_adapter: bool) -> None:
+        run = describe_run(settings, record, data_args, training_args, blend, trainer.state, tasks)
+        name = repositories.get("adapter" if is_adapter else "model", training_args.output_dir)
+        write_card(folder, run, name, is_adapter)
+
+    trainer.save_merged(write_cards)
+    for address in push(repositories, training_args):
+        print(f"Pushed to {address}")
+
+
+def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:
+    """The triplets of the whole run, blended, from tables in `output_dir`/triplets that the main process writes.
+
+    They are made once: a restart with the same settings and files reads them again. Mining can outlast the patience
+    of the other processes: raise `ddp_timeout`, or mine beforehand.
+
+    Raises:
+        FileNotFoundError: `output_dir` is not on a disk that this process's machine shares with the main process's.
+        TimeoutError: the main process took longer than `ddp_timeout`.
+        ValueError: as `write_tables` and `check_sources`; fewer triplets than one update takes; a set without
+            negatives where rows get them from nowhere else.
+    """
+    sources = check_sources(data_args.datasets)
+    folder, seed = training_args.triplets_dir, training_args.order_seed
+    with after_main_process(training_args):
+        if training_args.process_index == 0:
+            options = (data_args.num_negatives, seed, data_args.instruction)
+            write_tables(folder, sources, *options, training_args.checkpoints)
+        tables = read_tables(folder, sources)
+    if not training_args.in_batch_negatives or training_args.batch_rows < 2:
+        check_have_negatives(tables, sources)
+    triplets = sum(map(len, tables))
+    if triplets < training_args.update_rows:
+        raise ValueError(
+            f"{triplets} triplets do not fill one batch of {training_args.update_rows} (per_device_train_batch_size x "
+            "processes x gradient_accumulation_steps); lower the batch size or add data"
+        )
+    weights = None if sources[0].weight is None else [source.weight for source in sources]
+    return Blend(tables, training_args.run_rows(triplets), weights, seed)
+
+
+@contextmanager
+def after_main_process(training_args: StageArguments) -> Iterator[None]:
+    """Runs the body on the main process first, then on the others, which say so when they have waited too long."""
+    advice = (
+        f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for the triplets, and the run ends if "
+        "reading and mining take longer: raise --ddp_timeout then, or mine beforehand (train/data/mine_negatives.py)."
+    )
+    if training_args.world_size > 1 and training_args.process_index == 0:
+        logger.warning(advice)
+    entered = False
+    try:
+        with training_args.main_process_first(local=False, desc="loading triplets"):
+            entered = True
+            yield
+    except RuntimeError as error:
+        if entered:
+            raise
+        raise TimeoutError(f"the main process did not finish the triplets ({error}). {advice}") from error
