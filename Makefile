@@ -1,13 +1,16 @@
 # Every target makes .venv with the pinned packages first, so each works right after a clone.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-versions test-cuda-shapes lint
+.PHONY: quickstart test test-fast test-versions test-cuda-shapes lint
 
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart/run.py
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+test-fast: .venv/installed
+	.venv/bin/python -m pytest -m "not slow"
 
 test-versions: .venv/installed
 	.venv/bin/python tests/versions.py

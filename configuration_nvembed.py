@@ -69,7 +69,7 @@ class NVEmbedConfig(PretrainedConfig):
         padding_side: `right`, the only side on which the instruction starts every row.
         add_pad_token: pad with `</s>` when the tokenizer has no pad token.
         is_mask_instruction: leave the instruction's tokens out of the pooling.
-        add_eos: `encode` appends the end token to every text. False where the tokenizer appends it by itself, as in
+        add_eos: `encode` appends the end token to every text. False where the tokenizer already does, as in
             the checkpoints that `train/init_checkpoint.py --base` makes.
         latent_attention_is_folded: the weights are those of `NVEmbedModel.fold_latent_attention`.
         prompts: instructions by the name of their task, for `SentenceTransformer.encode(..., prompt_name=...)`.

@@ -574,13 +574,13 @@ class NVEmbedModel(PreTrainedModel):
         """Embeds texts, in evaluation mode and without gradients.
 
         Texts of similar length share a batch, laid end to end without padding. Next to an accelerator a thread
-        tokenizes ahead. If a batch does not fit into memory, the budget is halved and the work goes on.
+        tokenizes ahead. If a batch does not fit into memory, the budget is halved and encoding continues.
 
         Args:
             prompts: the texts, without instruction: a list, a generator, a column of a dataset.
             instruction: prefix of every text, as `format_instruction` writes it; left out of the pooling.
             max_length: tokens of a text with its instruction and special tokens; the rest is cut off. What is beyond
-                the decoder's `max_position_embeddings` is cut off in any case, which is said once.
+                the decoder's `max_position_embeddings` is cut off in any case, with one warning.
             batch_tokens: tokens of a batch. None: 2,048 on a CPU, where a batch should fit its caches, 16,384
                 elsewhere.
             batch_size: texts of a batch at most; None: only tokens count.
@@ -728,7 +728,7 @@ class NVEmbedModel(PreTrainedModel):
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
         adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
-        adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has found the base by itself
+        adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has found the base already
         base_options = hub_options
         if (base := find_base_of_adapter(source, **hub_options)) is not None:
             if not is_peft_available():
@@ -822,7 +822,14 @@ def _spare_the_pooling(quantization_config):
 
 
 def check_tensors(name: str, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[tuple]) -> None:
-    """Refuses what transformers warns of, to start from random weights; `misshapen`: (name, shape found, expected)."""
+    """Raises where transformers would only warn and initialize randomly.
+
+    Args:
+        misshapen: (name, shape found, shape expected) of each tensor of a wrong shape.
+
+    Raises:
+        ValueError: any of the three is not empty; the first tensor is named.
+    """
     advice = "is the download whole, and does config.json belong to these weights?"
     for problem, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:

@@ -94,7 +94,7 @@ def _warn_of_doubled_ends(tokenizer: PreTrainedTokenizerFast, texts: list[str], 
     end = tokenizer.eos_token
     if end and any(text.endswith(end) and row[-2:] == 2 * [row[-1]] for text, row in zip(texts, rows)):
         logger.warning_once(
-            f"A text ends in {end}, which is appended to every text already, and now stands there twice: leave it out "
+            f"A text ends in {end}, which is appended to every text already, so it now appears twice: leave it out "
             "(the released sentence-transformers recipe adds it by hand), or the embedding changes."
         )
 
@@ -290,7 +290,7 @@ class PackedLayout:
         """Attention within each text; `[tokens, heads, head_dim]`, k and v maybe of fewer heads."""
         if has_varlen_kernel(q, is_causal) and not dropout:
             ends, longest = self._ends(q.device), max(self.lengths)
-            # flash-attn shares keys among the heads of a group by itself, torch from 2.13 on, when asked to.
+            # flash-attn always shares keys among the heads of a group, torch 2.13 and newer only when asked.
             if not VARLEN_OPTIONS & {"causal", "enable_gqa"}:
                 k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
             options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])

@@ -77,7 +77,7 @@ class LocalTasksCallback(TrainerCallback):
 
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """mteb seeds every generator there is; training goes on with the numbers it had."""
+    """mteb seeds every generator there is; training continues with the numbers it had."""
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

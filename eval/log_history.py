@@ -13,7 +13,7 @@ LOG_FILE = "log.jsonl"
 class LogHistory(TrainerCallback):
     """Gives every entry of the Trainer's log a time and writes it to `output_dir`/log.jsonl, one entry a line.
 
-    `time` is in seconds since 1970. A resumed run goes on after the last entry of its checkpoint.
+    `time` is in seconds since 1970. A resumed run appends to the entries of its checkpoint.
     """
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

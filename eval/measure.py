@@ -28,7 +28,7 @@ LOADER_BATCH = 256  # texts that mteb hands over at a time; the model makes its 
 
 
 class TasksNotLoadedError(ValueError):
-    """Data of some tasks could not be had; all others were measured."""
+    """The data of some tasks failed to load; all others were measured."""
 
 
 def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache | None = None) -> dict[str, TaskResult]:
@@ -38,7 +38,7 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
         cache: keeps each result when it is done; None: none is kept.
 
     Raises:
-        ConnectionError: the Hub cannot be reached for a task's data; what was tried, and how to do without, is said.
+        ConnectionError: the Hub cannot be reached for a task's data; the message says how to do without.
         TasksNotLoadedError: data of a task is wrong or was not found; the others were measured and kept.
     """
     failures = {}
@@ -123,7 +123,7 @@ def fresh_cache() -> Iterator[None]:
 def unreachable(what: str, error: Exception | str) -> ConnectionError:
     """An error that says what was tried, and how to do without the Hub."""
     return ConnectionError(
-        f"{what}: the data is neither in the cache nor to be had from {constants.ENDPOINT} ({error}). Without a "
+        f"{what}: the data is not in the cache and failed to load from {constants.ENDPOINT} ({error}). Without a "
         "connection: copy the data set's repository to a folder of its name below the working directory, such as "
         "./mteb/scifact, which is taken first; or fill the cache on another machine and set HF_HOME to it; or measure "
         "data of your own (eval/tasks/local.py). What is done is kept: run again to go on."

@@ -79,7 +79,7 @@ def _serve(embed: Embed, group) -> None:
 
 
 def _attempt(embed: Embed, texts: list[str], prefix: str) -> np.ndarray | Exception | None:
-    """An error is sent, not raised: the others would wait for an answer for ever."""
+    """Errors are sent, not raised: the others would wait for an answer forever."""
     try:
         return embed(texts, prefix) if texts else None
     except Exception as error:

@@ -17,7 +17,7 @@ BLOCK = 50_000  # documents embedded, or searched, at a time
 
 
 def embed_to_file(embed: Embed, texts: Sequence[str], prefix: str, path: Path, block: int = BLOCK) -> np.ndarray:
-    """Embeds a corpus into a `.npy` file, a block at a time; what a kill leaves is gone on with.
+    """Embeds a corpus into a `.npy` file, a block at a time; an interrupted run resumes after its last complete block.
 
     Args:
         path: of the file, whole or absent; the same path means the same texts and model.

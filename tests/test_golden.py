@@ -75,6 +75,7 @@ def test_full_size_model_has_the_released_tensors(golden_dir):
 # --- Remote code
 
 
+@pytest.mark.slow
 def test_converted_checkpoint_equals_released_code(golden, golden_dir, encode_without_nvembed, tmp_path):
     convert_released(str(golden_dir / "checkpoint"), str(tmp_path / "converted"))
     case, expected = golden[2]["queries"], golden[3]["queries"]

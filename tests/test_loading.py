@@ -66,6 +66,7 @@ def test_push_to_hub_takes_the_tokenizer_along(model, tmp_path, monkeypatch):
     assert "private.txt" not in names
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_where_nvembed_is_not_installed(model, sentences, encode_without_nvembed, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     expected = model.encode(sentences, INSTRUCTION)

@@ -113,6 +113,7 @@ def test_what_our_code_saves_again_keeps_the_users_settings(st_model, tmp_path):
     assert again.prompts["mine"] == "Instruct: mine\nQuery: "
 
 
+@pytest.mark.slow
 def test_a_model_put_together_by_hand_opens_without_nvembed(reference, sentences, tmp_path):
     module = NVEmbedTransformer(NVEmbedModel.from_pretrained(reference.config._name_or_path))
     SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(tmp_path / "saved"))

@@ -103,7 +103,7 @@ class ModelArguments(ModelConfig):
         super().__post_init__()
         if self.attn_implementation is not None:
             raise ValueError(
-                f"attn_implementation is {self.attn_implementation!r}, but the model chooses its attention by itself: "
+                f"attn_implementation is {self.attn_implementation!r}, but the model chooses its own attention: "
                 "a variable-length kernel where there is one, torch's elsewhere; leave it out"
             )
 

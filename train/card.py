@@ -188,7 +188,7 @@ def earlier_training(base: str, folder: Path) -> tuple[dict, str]:
     try:
         card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
     except NO_CARD as error:
-        logger.info(f"no card of {base} to go on from: {error}")
+        logger.info(f"no card of {base} to continue: {error}")
         return {}, ""
     if is_hub_name(base):
         return card.data.to_dict(), ""

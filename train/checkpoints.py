@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def check_output_dir(output_dir: str) -> Path:
-    """Refuses a folder that holds a checkpoint already; call it before any long work.
+    """Raises if the folder holds a checkpoint already; call it before any long work.
 
     Raises:
         FileExistsError: files of a checkpoint are there, or a README.md.

@@ -25,7 +25,7 @@ def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
     Returns:
         Embeddings of all texts in the order of the chunks, `[texts, hidden]`.
     """
-    # DDP must not be prepared for another backward pass in the midst of one, so the second passes go around it. Their
+    # DDP must not be prepared for another backward pass during one, so the second passes go around it. Their
     # gradients are averaged all the same: the last chunk's pass arms DDP's hooks, which wait for the sum over chunks.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     idle = _surplus(inner, chunks) * chunks[-1:]

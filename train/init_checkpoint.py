@@ -131,7 +131,7 @@ def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: s
 
 
 def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokenizerFast:
-    """The base's tokenizer, made to write `<s>` text `</s>` by itself and to pad on the right.
+    """The base's tokenizer, changed to write `<s>` text `</s>` and to pad on the right.
 
     Every user of the checkpoint gets the end token, whichever library tokenizes, and truncation keeps it. A pad token
     without a row in the embedding gives way to `</s>`.

@@ -31,7 +31,7 @@ NOT_RECORDED = "not recorded"  # of a part of a run that an earlier nvembed trai
 
 OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
-# What may change at a resume: the run goes on with the new value.
+# What may change at a resume: the run continues with the new value.
 APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
@@ -58,7 +58,7 @@ STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The training checkpoint to go on from: the one named, or, for true, the last in `output_dir`; None for none.
+    """The training checkpoint to resume from: the one named, or, for true, the last in `output_dir`; None for none.
 
     Raises:
         FileNotFoundError: there is none.

@@ -88,7 +88,7 @@ def _read_texts(path: Path) -> dict[str, str]:
     for number, row in read_jsonl(path, ("_id", "text")):
         id_ = text_of({"_id": str(row["_id"])}, "_id", f"{path}:{number}")
         if id_ in texts:
-            raise ValueError(f'{path}:{number}: "_id" {id_!r} stands there a second time')
+            raise ValueError(f'{path}:{number}: "_id" {id_!r} is a duplicate')
         texts[id_] = checked_text(row, f"{path}:{number}")
     return texts
 

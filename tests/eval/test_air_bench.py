@@ -102,5 +102,5 @@ def test_bad_input(air_bench, arguments, tmp_path, monkeypatch):
     run(arguments())
     with pytest.raises(ValueError, match="holds results with instruction .* this run has 'Other'"):
         run(arguments(instruction="Other"))
-    with pytest.raises(ConnectionError, match="AIR-Bench: the data is neither in the cache nor to be had from"):
+    with pytest.raises(ConnectionError, match="AIR-Bench: the data is not in the cache and failed to load from"):
         run(AirBenchArguments(arguments().model, str(tmp_path / "law"), domains=["law"]))

@@ -34,6 +34,7 @@ def arguments(**options):
     return SimpleNamespace(**({"bf16": False, "fp16": False, "device": torch.device("cpu")} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_scores_are_the_harnesss_whatever_the_precision(data, embed, bf16):
     """Only the model runs in half precision: mteb's similarities would get ties."""
@@ -62,6 +63,7 @@ def test_random_numbers_go_on(data, embed):
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_sharded_weights(checkpoint, data, tmp_path):
     """FSDP2 on two gloo processes: each forward pass needs both, so both embed all texts, and nobody waits for ever."""
     script = tmp_path / "sharded.py"

@@ -74,6 +74,7 @@ def test_summary(arguments, tmp_path, capsys):
     assert f"average of 7 tasks{'':>48}{100 * summary['average']:.2f}".split() == printed.splitlines()[-1].split()[:-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(arguments, checkpoint, data, tmp_path, embedded, capsys):
     whole = run(arguments("whole"))
     process = subprocess.Popen(
@@ -112,6 +113,7 @@ def test_a_result_cut_off_by_a_kill_is_measured_again(arguments, tmp_path, caplo
     assert "sts.json was cut off when it was written" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(arguments, checkpoint, data, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     two = command(checkpoint, data / "tasks.yaml", tmp_path / "two", *launcher)
@@ -127,6 +129,7 @@ def test_two_processes_measure_as_one(arguments, checkpoint, data, tmp_path):
     assert "holds results with" in failed.stderr
 
 
+@pytest.mark.slow
 def test_an_error_of_another_process_ends_the_run(tmp_path):
     """A process that fails answers with its error; the main one would wait for its share for ever."""
     script = tmp_path / "fails.py"
@@ -294,6 +297,7 @@ def test_a_changed_copy_of_the_data_is_seen(hub, arguments, tmp_path):
     assert len({*revisions, task.metadata.revision}) == 3, "neither is the Hub's"
 
 
+@pytest.mark.slow
 def test_an_aggregated_task_is_the_mean_of_its_parts(hub, arguments, tmp_path):
     """CQADupstack: twelve forums, each a task with its own result, one score of the paper's 56."""
     (task,) = select_tasks(["CQADupstackRetrieval"])
@@ -316,7 +320,7 @@ def test_an_aggregated_task_is_the_mean_of_its_parts(hub, arguments, tmp_path):
 def test_a_hub_that_cannot_be_reached(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = (
-        r"SciFact \(data set 'mteb/scifact', revision .*\): the data is neither in the cache nor to be had from https"
+        r"SciFact \(data set 'mteb/scifact', revision .*\): the data is not in the cache and failed to load from https"
     )
     with pytest.raises(
         ConnectionError, match=words + r".*copy the data set's repository to a folder.*What is done is k"
@@ -352,6 +356,7 @@ def baseline(decoder_dir, tmp_path_factory):
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_a_baseline_keeps_its_own_prompts(baseline, arguments, data):
     from sentence_transformers import SentenceTransformer
 
@@ -366,6 +371,7 @@ def test_a_baseline_keeps_its_own_prompts(baseline, arguments, data):
     assert instructed["tasks"]["sts"] != pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_baselines_own_similarity(baseline, arguments, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -413,6 +419,7 @@ def test_texts_that_encode_refuses_are_mended(checkpoint):
     load_model(str(checkpoint)).embed(texts, "")
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_on_the_command_line(checkpoint, tmp_path):
     failed = subprocess.run(command(checkpoint, "SciFcat", tmp_path / "out"), capture_output=True, text=True)
     assert failed.returncode == 1

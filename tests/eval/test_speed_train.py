@@ -31,6 +31,7 @@ def mean_loss(queries, passages):
     return sum(math.log(sum(map(math.exp, row))) - row[i] for i, row in enumerate(scores)) / len(scores)
 
 
+@pytest.mark.slow
 def test_first_losses_are_those_of_the_weights_written(monkeypatch, tmp_path):
     args = arguments(monkeypatch, "--steps", "2", "--max_length", "64", "--chunk_tokens", "128")
     batch = benchmark.read_triplets(None, NEGATIVES)[:ROWS]
@@ -66,6 +67,7 @@ def test_first_losses_are_those_of_the_weights_written(monkeypatch, tmp_path):
         assert 0.1 < run.peak_gb < 24, way
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_shows_what_it_printed(monkeypatch, tmp_path):
     args = arguments(monkeypatch, "--steps", "2")
     (tmp_path / "model").mkdir()

@@ -116,6 +116,7 @@ def test_only_one_chunk_of_activations_is_held(checkpoint, sentences):
     assert bytes_held(embed_chunks) < 0.5 * bytes_held(with_all_activations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_cached_gradients_in_two_processes(tmp_path, checkpoint, sentences, sharding):
     """Half of the batch each, in different numbers of chunks: loss and gradients of the whole batch in one process."""

@@ -16,6 +16,9 @@ from nvembed.texts_nvembed import format_instruction
 from tests.hub_server import LocalHub
 
 
+pytestmark = pytest.mark.slow  # trainings in processes of their own
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -95,6 +95,7 @@ def test_duplicates_change_the_loss():
     assert abs(with_duplicates - mean_loss(queries, passages, *identities(*distinct), TEMPERATURE)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 def test_two_processes_equal_one(tmp_path, in_batch_negatives):
     """DDP over two gloo processes: mean loss, and gradients of a shared encoder, of the same global batch."""
@@ -155,6 +156,7 @@ def test_mask_equals_a_loop_over_texts_that_repeat(shared, processes):
         assert actual.tolist() == expected
 
 
+@pytest.mark.slow
 def test_memory_grows_with_rows_times_candidates(tmp_path):
     """The bars are the issue's: 1 GB for the mask, 2.5 GB for the loss, of 4,096 rows with 7 negatives each."""
     script = """

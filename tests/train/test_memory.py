@@ -12,6 +12,7 @@ from nvembed.train.memory import PRIMITIVE_CACHE, ReturnFreedMemory, limit_primi
 from nvembed.train.trainer import EmbeddingTrainer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_returned_every_few_steps():
     """Blocks of ever-new sizes below glibc's own threshold, freed behind one that stays, as batches leave them."""

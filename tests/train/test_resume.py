@@ -18,6 +18,9 @@ from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, re
 from nvembed.train.trainer import PARTIAL_CHECKPOINT
 
 
+pytestmark = pytest.mark.slow  # trainings in processes of their own
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -207,6 +207,7 @@ def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, en
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sentences):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("max_length: 64\nper_device_train_batch_size: 4\n")
@@ -221,6 +222,7 @@ def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sent
     assert "already holds a checkpoint" in again.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, checkpoint, pairs_file, tasks_file, sentences):
     """DDP on gloo with half the batch each: the same weights and scores after two steps as one with the whole."""
     scores = {}
@@ -263,6 +265,7 @@ def fsdp2_environment() -> dict[str, str]:
 FSDP2 = fsdp2_environment()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["stage1.py", "stage2.py"])
 def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpoint, many_pairs, sentences, script):
     """20 steps of the same batches of 8: one process, DDP, FSDP2, and one that accumulates or caches."""
@@ -290,6 +293,7 @@ def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpo
         torch.testing.assert_close(other, one, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
     """Stopped after 3 of 6 steps, in two processes with the weights in shards, it ends where an unbroken one does."""
     options = ["--ddp_backend=gloo", "--batch_size=8", "--disable_tqdm=true", "--report_to=none"]
@@ -367,6 +371,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, checkpoint, pairs_file,
     )
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_all_with_its_error(tmp_path, checkpoint, many_pairs):
     """The second process finds its weights broken; the first waits for it in the gathering of the embeddings."""
     worker = tmp_path / "worker.py"

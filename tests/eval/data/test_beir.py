@@ -36,7 +36,7 @@ def test_beir_folder(beir):
         (
             "corpus.jsonl",
             '{"_id": 1, "text": "a"}\n{"_id": 1, "text": "b"}\n',
-            r"jsonl:2: \"_id\" '1' stands there a sec",
+            r"jsonl:2: \"_id\" '1' is a duplicate",
         ),
         ("qrels/test.tsv", "q1\td1\t0\n", "split 'test' of the qrels has no relevant document"),
         ("corpus.jsonl", '{"_id": "d1"}\n', r'corpus.jsonl:1: "text" is missing'),

@@ -6,6 +6,7 @@ from nvembed.eval.tasks.instructions import TaskInstruction, paper_instructions
 from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
 
+@pytest.mark.slow
 def test_every_task_of_the_paper_has_an_instruction(caplog):
     tasks = select_tasks([PAPER_BENCHMARK])
     assert len(tasks) == 56

@@ -167,6 +167,7 @@ def test_a_query_of_unknown_words_ranks_nothing():
     assert positions.tolist() == [[-1, -1], [1, -1]]
 
 
+@pytest.mark.slow
 def test_script_writes_ready_triplets_and_overwrites_nothing(tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps({"query": f"w{i} a", "positive": f"w{i} b"}) + "\n" for i in range(4)))

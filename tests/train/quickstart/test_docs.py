@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from nvembed.eval.data.beir import read_beir
 from nvembed.train.quickstart import docs
 from nvembed.train.quickstart.docs import is_held_out, split_docstring, standard_library
@@ -15,6 +17,7 @@ def test_split_docstring():
     assert split_docstring("One sentence only") == ("One sentence only", "")
 
 
+@pytest.mark.slow
 def test_standard_library_gives_enough_distinct_pairs():
     pairs = standard_library()
     assert len(pairs) > 2000
@@ -24,6 +27,7 @@ def test_standard_library_gives_enough_distinct_pairs():
     assert by_name["textwrap.dedent"].module == "textwrap"
 
 
+@pytest.mark.slow
 def test_nothing_held_out_is_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "installed_packages", lambda limit: standard_library())  # a package that copies it
     counts = docs.write_datasets(tmp_path)

@@ -19,6 +19,7 @@ def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
         run.fetch_base(tmp_path)
 
 
+@pytest.mark.slow
 def test_answers_come_from_the_checkpoint_alone(tmp_path, checkpoint, sentences):
     rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(sentences)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
