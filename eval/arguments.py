@@ -45,13 +45,13 @@ class EvaluationArguments:
         return load_model(self.model, self.revision, self.max_length, self.batch_tokens, self.dtype, **options)
 
     def settings(self, model: LoadedModel) -> dict:
-        """What else than the data decides the scores."""
+        """What decides the scores, apart from the data."""
         settings = {"model": model.name, "revision": model.revision, "max_length": model.max_length}
         return settings | {"dtype": self.dtype, "instruct": self.instruct}
 
 
 def run_script(name: str, arguments: type[EvaluationArguments], run: Callable[[Any], Any]) -> Any:
-    """`run` with the arguments of the command line; what is wrong with them, or with the data, is one line."""
+    """Runs `run` with the command line's arguments; errors in them, or in the data, are reported in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses

@@ -65,7 +65,7 @@ class LocalTasksCallback(TrainerCallback):
         return summary["tasks"] | {"average": summary["average"]}
 
     def measure_together(self, embed: Embed) -> dict[str, float]:
-        """`measure` with the texts split over the processes; every one has the scores."""
+        """`measure` with the texts split over the processes; each of them gets the scores."""
         scores: list = [None]
         with split_over_processes(embed) as shared:
             if shared is not None:
@@ -77,7 +77,7 @@ class LocalTasksCallback(TrainerCallback):
 
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """mteb seeds every generator there is; training continues with the numbers it had."""
+    """Restores the state of all random generators, which mteb seeds."""
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

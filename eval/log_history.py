@@ -1,4 +1,4 @@
-"""The log of a training as a file: what `eval/speed` times and whoever draws a curve reads."""
+"""The log of a training as a file, for timing (`eval/speed`) and for drawing curves."""
 
 import json
 import time

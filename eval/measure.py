@@ -32,7 +32,7 @@ class TasksNotLoadedError(ValueError):
 
 
 def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache | None = None) -> dict[str, TaskResult]:
-    """mteb's results by task. What the cache holds is not computed again.
+    """mteb's results by task; results in the cache are not computed again.
 
     Args:
         cache: keeps each result when it is done; None: none is kept.
@@ -110,7 +110,7 @@ def load(task: AbsTask) -> None:
 
 @contextmanager
 def fresh_cache() -> Iterator[None]:
-    """`datasets` without its cache, which knows a local folder by its name and misses that its files have changed."""
+    """Gives `datasets` an empty cache, since its own identifies a local folder by name and misses changed files."""
     folder, usual = tempfile.mkdtemp(prefix="nvembed-"), datasets.config.HF_DATASETS_CACHE
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not before: tables are read from it
     datasets.config.HF_DATASETS_CACHE = folder
@@ -121,7 +121,7 @@ def fresh_cache() -> Iterator[None]:
 
 
 def unreachable(what: str, error: Exception | str) -> ConnectionError:
-    """An error that says what was tried, and how to do without the Hub."""
+    """An error that says what was tried and how to do without the Hub."""
     return ConnectionError(
         f"{what}: the data is not in the cache and failed to load from {constants.ENDPOINT} ({error}). Without a "
         "connection: copy the data set's repository to a folder of its name below the working directory, such as "

@@ -15,7 +15,7 @@ PATIENCE = timedelta(days=1)  # the others wait while the main process loads dat
 
 @contextmanager
 def split_over_processes(embed: Embed) -> Iterator[Embed | None]:
-    """Gives the main process an `embed` that shares its texts out, and each other process None, once all is done.
+    """Gives the main process an `embed` that splits its texts over all processes, and the others None once it is done.
 
     The others serve inside the `with` line: only the main process runs its body with work to do, so tasks, caches and
     files are its alone. With one process `embed` itself is given.
@@ -53,7 +53,7 @@ def _scatter(messages: list | None, group):
 
 
 def _share_out(embed: Embed, texts: list[str], prefix: str, group) -> np.ndarray:
-    """Long and short texts dealt like cards, so that every process has as much to do."""
+    """Deals the texts out by length, so that every process has about the same work."""
     processes = dist.get_world_size()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     shares = [order[rank::processes] for rank in range(processes)]

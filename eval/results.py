@@ -31,7 +31,7 @@ CATEGORIES = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Cla
 
 
 def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping]) -> Path:
-    """A folder for results of one model at one revision with one setting each; run again, the same folder resumes.
+    """Claims a folder for the results of one model at one revision with one setting; the same run again resumes in it.
 
     Args:
         settings: model, revision and whatever else changes all scores.
@@ -69,7 +69,7 @@ def _check_same(what: str, there: Mapping, now: Mapping) -> None:
 
 
 def conditions(task: AbsTask, instruction: TaskInstruction | None) -> dict:
-    """What decides a task's scores beside the model: instructions, and a copy of its data that stands for the Hub's."""
+    """What decides a task's scores beside the model: instructions, and a local copy of its data."""
     known = {}
     if instruction is not None:
         known |= {"instruction": instruction.query, "instruction of documents": instruction.document}
@@ -87,7 +87,7 @@ def copy_of_data(task: AbsTask) -> str | None:
 
 
 def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask]) -> None:
-    """Removes results that a kill cut off in the middle.
+    """Removes results that were cut off while they were written.
 
     Raises:
         ValueError: a result is of another state of the task's data.
@@ -140,7 +140,7 @@ def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model
 
 
 def describe(task: AbsTask) -> dict:
-    """What a score is of: type, metric, splits, data set and its revision, which an aggregated task has not."""
+    """Type, metric, splits, data set and revision of a task's score; an aggregated task has no data set."""
     known = {"type": task.metadata.type, "metric": task.metadata.main_score, "splits": list(task.eval_splits)}
     if isinstance(task, AbsTaskAggregate):
         return known | {"dataset": None, "dataset_revision": None}

@@ -144,7 +144,7 @@ def zip_test(results: Path, target: Path) -> None:
 
 
 def remove_half_written(search_results: Path) -> None:
-    """AIR-Bench takes every file that exists for finished; one that a kill cut off is searched again."""
+    """Removes files that were cut off while they were written: AIR-Bench takes every file for finished."""
     for file in search_results.rglob("*.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a model split over processes needs: to know that it is, and to gather what each process has."""
+"""Whether a model is sharded over processes, and gathering what each process has."""
 
 import torch
 import torch.distributed as dist

@@ -96,7 +96,7 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
 
 
 def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
-    """Calls `write_card`, if there is one; its error is logged: weights without a card are worth keeping."""
+    """Calls `write_card`, if given. Errors are logged, not raised: weights without a card are worth keeping."""
     try:
         if write_card is not None:
             write_card(folder)

@@ -21,8 +21,8 @@ class TripletCollator:
     """Makes one training batch of triplets.
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
-    "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.modeling_nvembed.pack`), queries,
-    positives and negatives alike, the longest in the last. Their embeddings, concatenated in order, hold the query of
+    "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.texts_nvembed.pack`), queries, positives
+    and negatives alike, the longest in the last. Their embeddings, concatenated in order, hold the query of
     row i at `query_index[i]` and its j-th passage at `passage_index[i, j]`, the positive first. A row with fewer than
     `num_negatives` negatives has identity `NO_TEXT` (and index 0) in the empty slots. `datasets[i]` names row i's.
 

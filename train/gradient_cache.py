@@ -17,7 +17,7 @@ from nvembed.eval.sharding import is_sharded
 
 
 def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
-    """Embeds packed chunks of a batch (see `nvembed.modeling_nvembed.pack`), keeping the activations of the last alone.
+    """Embeds packed chunks of a batch (see `nvembed.texts_nvembed.pack`), keeping the activations of the last alone.
 
     One chunk is an ordinary forward pass. Of several, all but the last, whose backward pass comes first, are embedded
     twice; the peak of memory is that of the largest chunk.

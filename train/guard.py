@@ -9,10 +9,10 @@ from nvembed.train.losses import Contrast
 
 
 class LossGuard:
-    """Stops a training whose loss is not a number, or has left everything behind that it was before."""
+    """Stops a training whose loss is NaN, infinite, or far above its running mean."""
 
     FACTOR = 10.0  # times the running mean, or times 1 where that is smaller
-    ROWS = 32  # at least, whose mean is set against it: a single hard row may well lose ten times the usual
+    ROWS = 32  # compared at once, at least: a single hard row may well lose ten times the usual
 
     def __init__(self):
         self.mean: float | None = None

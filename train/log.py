@@ -36,13 +36,13 @@ class LogWindow:
         self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
 
     def add(self, batch: Mapping, rows: Contrast) -> None:
-        """Takes a batch in; its figures stay on the device until the log."""
+        """Adds a batch; its figures stay on the device until the log."""
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
         self.rows.append(torch.stack([figure.detach().float() for figure in rows]))
         self.datasets += batch["datasets"]
 
     def leave_out(self, seconds: float) -> None:
-        """Time that was not spent on training."""
+        """Excludes time that was not spent on training."""
         self.start += seconds
 
     def close(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ NO_TEXT = -1  # the identity of an empty slot; `collator.text_id` gives non-nega
 
 
 class Contrast(NamedTuple):
-    """What `contrast` finds, each `[batch]`: the loss of a row, and the cosine similarities that tell how it goes."""
+    """Loss and cosine similarities of each row, all `[batch]`."""
 
     losses: Tensor
     positive: Tensor

@@ -1,7 +1,7 @@
 """Resuming a training: which checkpoint, whether its weights belong to this run, and which settings may differ.
 
-A setting that differs from those of the checkpoint is either applied from there on, which the log and the model card
-say, or refused, because what the checkpoint holds was made with the earlier one.
+A setting that differs from the checkpoint's is either applied from there on, as the log and the model card say, or
+refused, because the checkpoint's contents depend on the earlier value.
 """
 
 import hashlib

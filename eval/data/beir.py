@@ -74,7 +74,7 @@ def _read_folder(folder: Path, split: str) -> tuple[dict, dict, dict]:
 
 
 def check_encoding(path: Path) -> None:
-    """Raises a `ValueError` that names the line which is not UTF-8."""
+    """Raises a `ValueError` that names the first line that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -115,7 +115,7 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
 
 
 def checked_text(row: dict, name: str) -> str:
-    """`document_text` of a row whose title, if it has one, and text can be read; the row's name is in the error."""
+    """`document_text` of a row, after checking title and text; `name` is the row's in an error."""
     text_of({"title": row.get("title") or ""}, "title", name)
     text_of(row, "text", name)
     return document_text(row)

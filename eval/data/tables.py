@@ -1,4 +1,4 @@
-"""Tables on disk, row by row, with a name for every row that an error can give."""
+"""Tables on disk, row by row; every row has a name for errors."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The two steps that `eval/speed/train.py` times ours against, each a training as a user of its parts writes it.
+"""The two training steps that `eval/speed/train.py` compares with ours, written as a user would write them.
 
 python eval/speed/baselines.py padded job.json
 python eval/speed/baselines.py sentence-transformers job.json

@@ -151,7 +151,7 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds; a GPU's queue is waited for on both sides."""
+    """Seconds that `work` takes; synchronizes a GPU before and after."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -188,7 +188,7 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
     options = {"max_length": args.max_length, "batch_tokens": args.batch_tokens}
 
     def select(way: str) -> None:
-        """Only the pooling at work lies on the device, so that peak memory is that of one way."""
+        """Keeps only the pooling in use on the device, so that peak memory is that of one way."""
         chosen = {"folded": folded, "mean": mean}.get(way, pooling)
         for block in (pooling, folded, mean):
             block.to(model.device if block is chosen else "cpu")
@@ -237,7 +237,7 @@ def measure(model: NVEmbedModel, texts: list[str], instruction: str, args: argpa
 
 
 def check_agreement(select: Callable, encode: Callable, texts: list[str], args: argparse.Namespace) -> None:
-    """What is timed is the same computation: `unfolded` and `folded` agree with `released`, and `mean` does not."""
+    """Checks that `unfolded` and `folded` compute what `released` does, and that `mean` does not."""
     embeddings = {}
     for way in WAYS:
         select(way)

@@ -54,7 +54,7 @@ SPEED, SCRIPT = Path(__file__).parent, Path(__file__).parents[2] / "train" / "st
 
 
 class Run(NamedTuple):
-    """What a way's log says."""
+    """The figures of one run."""
 
     seconds: list[float]  # of every step but the first
     losses: list[float]
@@ -206,7 +206,7 @@ def run(way: str, folder: Path, steps: int) -> Run:
 
 
 def check_agreement(losses: dict[str, float], dtype: str) -> None:
-    """What is timed is the same computation: our ways and `padded` have the same loss before the first update.
+    """Checks that our ways and `padded` have the same loss before the first update.
 
     Raises:
         AssertionError: they have not.

@@ -10,25 +10,23 @@ from nvembed.train.collator import text_id
 
 
 class Blend(TorchDataset):
-    """The triplets of a whole training run, in their order.
+    """The triplets of a whole training run, in order.
 
-    Which triplet stands at which place follows from the seed and the data alone: the number of processes, of loading
-    workers, and a restart change nothing, as long as the places are read in order. Of any n places in a row, one of k
-    sets has its share of n, give or take less than 2 + 2k times its share. It goes through its triplets in a random
-    order, and through all of them before any comes again, then in another order. A set's own order does not depend on
-    the other sets.
+    The order depends on the seed and the data alone, not on the number of processes or loading workers, nor on
+    restarts. In any n consecutive samples, a set with share s of k sets appears n*s times, within 2 + 2k*s. Each set is
+    shuffled and used up before it repeats, in a new order each time; its order does not depend on the other sets.
 
-    The tables stay on disk (Arrow, memory-mapped); in memory are 12 bytes for each place and 8 for each triplet.
+    The tables stay on disk (Arrow, memory-mapped). In memory are 12 bytes for each sample and 8 for each triplet.
 
     Args:
         tables: triplets, one table a set.
         samples: length of the run.
-        weights: shares of the sets, in any unit; None: by the number of triplets, so that a run as long as all tables
+        weights: shares of the sets, in any unit; None: by number of triplets, so that a run as long as all tables
             together has each triplet once.
         seed: of the order.
 
     Raises:
-        ValueError: no tables, an empty one, or weights that are not one positive number for each.
+        ValueError: there are no tables, one is empty, or the weights are not one positive number for each.
     """
 
     def __init__(self, tables: Sequence[Dataset], samples: int, weights: Sequence[float] | None = None, seed: int = 0):
@@ -42,21 +40,21 @@ class Blend(TorchDataset):
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         times, sets, draws = [], [], []
         for index, share in enumerate(shares):
-            # The set's n-th triplet falls at random into the n-th of equal stretches: even, but not periodic.
+            # The n-th triplet of a set falls at random within the n-th of equal intervals: even, but not periodic.
             count = int(samples * share) + 2
             times.append((np.arange(count) + self._rng(index, "times").random(count)) / share)
             sets.append(np.full(count, index, dtype=np.int32))
             draws.append(np.arange(count, dtype=np.int64))
         order = np.argsort(np.concatenate(times), kind="stable")[:samples]
         self._sets, self._draws = np.concatenate(sets)[order], np.concatenate(draws)[order]
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by set: the pass that is under way, and its order
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by set: its current pass and the order of that
 
     def _rng(self, index: int, *purpose: str | int) -> np.random.Generator:
         name = self.tables[index][0]["dataset"]
         return np.random.default_rng([self.seed, *(text_id(str(part)) for part in (name, *purpose))])
 
     def samples(self, places: int) -> list[int]:
-        """How many of the first so many places each set has."""
+        """How many of the first `places` samples each set has."""
         return np.bincount(self._sets[:places], minlength=len(self.tables)).tolist()
 
     def __len__(self) -> int:

@@ -50,7 +50,7 @@ class BM25:
         words = self._words(queries)
         known = [row for row, ids in enumerate(words) if ids]
         if known:
-            found = self.index.retrieve([words[row] for row in known], k=k, show_progress=False)
+            found = self.index.retrieve([words[row] for row in known], k=k, n_threads=-1, show_progress=False)
             scores[known] = found.scores
             positions[known] = np.where(found.scores > 0, found.documents, -1)
         return scores, positions
