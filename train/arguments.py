@@ -33,6 +33,8 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
         args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
         place = args.index("--config") + 1 if "--config" in args else len(args)
+        if args[-1:] == ["--config"]:
+            raise ValueError("--config is the last argument; name a recipe behind it")
         if place < len(args):
             self.recipe = find_recipe(args[place])
             args[place] = str(self.recipe)
@@ -50,7 +52,7 @@ class RecipeParser(TrlParser):
             entries = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]
             config["datasets"] = [resolve_entry(entry, self.recipe.parent) for entry in entries]
         if isinstance(config.get("eval_tasks"), str):
-            config["eval_tasks"] = str(self.recipe.parent / config["eval_tasks"])
+            config["eval_tasks"] = str(self.recipe.parent / Path(config["eval_tasks"]).expanduser())
         return super().set_defaults_with_config(**config)
 
 
@@ -65,7 +67,7 @@ def find_recipe(name: str) -> Path:
         ValueError: it is neither.
     """
     if Path(name).is_file():
-        return Path(name).resolve()
+        return Path(name).absolute()
     folder = Path(__file__).with_name("recipes")
     if (folder / f"{name}.yaml").is_file():
         return folder / f"{name}.yaml"

@@ -10,6 +10,10 @@ from nvembed.train.adapter import ADAPTER
 from nvembed.train.arguments import ModelArguments, StageArguments
 
 
+# Subfolders, the log, and the texts of a batch that stopped a run.
+PRIVATE = ["*/*", "bad_batch-*.jsonl", "log.jsonl"]
+
+
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:
     """Makes sure of token, repositories and the right to write to them, before training.
 
@@ -38,7 +42,7 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> dic
         raise ConnectionError(f"{api.endpoint} does not answer ({error}); train without --push_to_hub") from error
     except HfHubHTTPError as error:
         raise ValueError(f"{api.endpoint} does not accept the token: {error}; run `hf auth login` again") from error
-    name = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
     name = name if "/" in name else f"{user}/{name}"
     repositories = {}
     if training_args.push_to_hub:
@@ -76,10 +80,12 @@ def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> st
     api = HfApi(token=training_args.hub_token)
     try:
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, ignore_patterns=["*/*"], commit_message=f"{training_args.stage} done"
+            repo_id=repo_id, folder_path=folder, ignore_patterns=PRIVATE, commit_message=f"{training_args.stage} done"
         )
     except (httpx.HTTPError, OSError, ValueError) as error:
+        excluded = " ".join(f'"{pattern}"' for pattern in PRIVATE)
         raise ConnectionError(
-            f'{folder} is whole but was not pushed: {error}. Push it by `hf upload {repo_id} {folder} --exclude "*/*"`'
+            f"{folder} is whole but was not pushed: {error}. Push it: "
+            f"`hf upload {repo_id} {folder} --exclude {excluded}`"
         ) from error
     return f"{api.endpoint}/{repo_id}"

@@ -61,6 +61,21 @@ def test_paths_of_data_start_at_the_recipe(tmp_path, monkeypatch):
         next(read_rows(data_args.datasets[2]))
 
 
+def test_recipes_name_models_and_outputs_by_the_working_directory():
+    for path in RECIPES.glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        for part in (content, content.get("stage1", {}), content.get("stage2", {})):
+            for key in ("model_name_or_path", "output_dir"):
+                assert part.get(key, "runs/").startswith("runs/"), path
+
+
+def test_a_link_keeps_its_own_name(tmp_path):
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "squad.jsonl").symlink_to("blob")
+    _, data_args, _ = parse(tmp_path, "output_dir: {out}\ndatasets: squad.jsonl\n")
+    assert (data_args.datasets[0].path, data_args.datasets[0].name) == (str(tmp_path / "squad.jsonl"), "squad")
+
+
 def test_recipes_are_known_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser = RecipeParser(ModelArguments, DataArguments, Stage2Arguments)

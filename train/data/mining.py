@@ -1,6 +1,7 @@
 """Hard negatives: the best-ranked documents that score clearly below the positive (section 4.2, arXiv 2407.15831)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -100,7 +101,7 @@ class Miner:
                 for i, row_scores, row_positions in zip(part, scores, positions):
                     eligible = row_positions[(row_scores < limits[i]) & (row_positions >= 0)]
                     texts = (self.corpus[position] for position in eligible)
-                    ranked[i] = [text for text in texts if text not in excluded[i]][: self.num_negatives]
+                    ranked[i] = list(islice((t for t in texts if t not in excluded[i]), self.num_negatives))
                     # Of a positive that scores exactly 0 the teacher knows nothing, and of its negatives no more.
                     is_exhausted = row_positions[-1] < 0 or bounds[i] == 0 or len(row_positions) < k
                     if len(ranked[i]) < self.num_negatives and not is_exhausted:

@@ -1,6 +1,7 @@
 """One entry of a recipe's `datasets:`, its rows, and the pairs that a family makes of them."""
 
 import math
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,9 +118,12 @@ def resolve_entry(entry, folder: Path):
 
 
 def resolve_path(path: str, folder: Path) -> str:
-    found = folder / path
+    if not path or "://" in path:
+        return path
+    # Not `resolve`: a link's own name has the suffix, and names the set.
+    found = Path(os.path.abspath(folder / Path(path).expanduser()))
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and found.suffix not in TABLE_SUFFIXES
-    return path if is_hub_name and not found.exists() else str(found.resolve())
+    return path if is_hub_name and not found.exists() else str(found)
 
 
 def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
@@ -150,8 +154,8 @@ def read_rows(source: DatasetSource, required: tuple[str, ...] = ()) -> Iterator
     """
     if not Path(source.path).exists() and (Path(source.path).is_absolute() or source.path.endswith(TABLE_SUFFIXES)):
         raise ValueError(
-            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder, and its first "
-            "lines say where data comes from that nvembed does not bring along"
+            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder. For recipes "
+            "shipped with nvembed, the comment at the top says where to get the data."
         )
     file = find_file(source)
     if file is not None:
