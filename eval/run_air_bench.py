@@ -18,6 +18,7 @@ from accelerate import PartialState
 from mteb.models.model_meta import ScoringFunction
 
 from nvembed.eval.arguments import EvaluationArguments, run_script
+from nvembed.eval.files import whole
 from nvembed.eval.measure import unreachable
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.processes import Embed, split_over_processes
@@ -136,11 +137,9 @@ def score_dev(search_results: Path, folder: Path) -> None:
 
 def zip_test(results: Path, target: Path) -> None:
     """Search results of the test splits as the leaderboard takes them: `<task type>/<domain>/en_..._test.json`."""
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(results.rglob("*_test.json")):
             archive.write(file, file.relative_to(results))
-    partial.replace(target)
 
 
 def remove_half_written(search_results: Path) -> None:

@@ -247,6 +247,14 @@ class StageArguments(TrainingArguments):
         steps = Path(self.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         return sorted(steps, key=lambda path: (len(path.name), path.name))
 
+    def check_fills_update(self, triplets: int) -> None:
+        """Raises a `ValueError` if so many triplets are fewer than one update takes."""
+        if triplets < self.update_rows:
+            raise ValueError(
+                f"{triplets} triplets do not fill one batch of {self.update_rows} (per_device_train_batch_size x "
+                "processes x gradient_accumulation_steps); lower the batch size or add data"
+            )
+
     def run_rows(self, triplets: int) -> int:
         """Rows of the whole run over so many triplets."""
         return self.max_steps * self.update_rows if self.max_steps > 0 else math.ceil(triplets * self.num_train_epochs)

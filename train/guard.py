@@ -8,6 +8,9 @@ from pathlib import Path
 from nvembed.train.losses import Contrast
 
 
+BAD_BATCH = "bad_batch-{}.jsonl"  # of a process, by its number
+
+
 class LossGuard:
     """Stops a training whose loss is NaN, infinite, or far above its running mean."""
 

@@ -6,12 +6,14 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from nvembed.eval.log_history import LOG_FILE
 from nvembed.train.adapter import ADAPTER
 from nvembed.train.arguments import ModelArguments, StageArguments
+from nvembed.train.guard import BAD_BATCH
 
 
 # Subfolders, the log, and the texts of a batch that stopped a run.
-PRIVATE = ["*/*", "bad_batch-*.jsonl", "log.jsonl"]
+PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*")]
 
 
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:

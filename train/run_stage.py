@@ -113,11 +113,7 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
     if not training_args.in_batch_negatives or training_args.batch_rows < 2:
         check_have_negatives(tables, sources)
     triplets = sum(map(len, tables))
-    if triplets < training_args.update_rows:
-        raise ValueError(
-            f"{triplets} triplets do not fill one batch of {training_args.update_rows} (per_device_train_batch_size x "
-            "processes x gradient_accumulation_steps); lower the batch size or add data"
-        )
+    training_args.check_fills_update(triplets)
     weights = None if sources[0].weight is None else [source.weight for source in sources]
     return Blend(tables, training_args.run_rows(triplets), weights, seed)
 

