@@ -1,8 +1,8 @@
 """NV-Embed: a bidirectional Mistral decoder, a latent attention over its token states, and one embedding per text.
 
 Source: Lee et al., "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models",
-arXiv 2405.17428. Modules carry the names of the released weights. The file follows a text on its way:
-layout in memory, decoder, pooling, tokens, model, `encode`; the sentence-transformers module comes last.
+arXiv 2405.17428. Modules have the names of the released weights. The file reads in the order of the computation:
+decoder, poolings, model and `encode`; files and the sentence-transformers module come last.
 """
 
 import json
@@ -47,14 +47,14 @@ IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 logger = logging.get_logger(__name__)
 
-# Texts tokenized and sorted at once: many batches, so that sorting helps, and few enough to tokenize in a second.
+# Texts tokenized and sorted at a time: enough batches for sorting to help, few enough to tokenize in a second.
 WINDOW_TEXTS = 4096
 
 
 # --- Decoder ---------------------------------------------------------------------------------------------------------
 
 
-# RoPE types whose frequencies do not depend on the length of the text, and the settings that they must have.
+# RoPE types whose frequencies do not depend on the length of the text, and the settings each requires.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
@@ -64,10 +64,11 @@ ROPE_TYPES = {
 
 
 def rope_settings(config: BidirectionalMistralConfig) -> dict:
-    """RoPE's type, theta and scaling, whichever transformers wrote the config.
+    """RoPE's type, theta and scaling, from a config written by any version of transformers.
 
     Raises:
-        ValueError: a type that is unknown or depends on the text's length, a missing setting, partial rotation.
+        ValueError: the type is unknown or depends on the text's length, a setting is missing, or the rotation is
+            partial.
     """
     # transformers 5 keeps theta and scaling in `rope_parameters`, transformers 4 in two fields.
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
@@ -77,25 +78,25 @@ def rope_settings(config: BidirectionalMistralConfig) -> dict:
         rope["original_max_position_embeddings"] = config.max_position_embeddings
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(
-            f"rope_type is {rope['rope_type']!r}; those that work are {', '.join(ROPE_TYPES)}, whose frequencies are "
-            "the same for texts of any length"
+            f"rope_type is {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}, whose frequencies do not "
+            "depend on the length of the text"
         )
     for name in ROPE_TYPES[rope["rope_type"]]:
         if rope.get(name) is None:
             raise ValueError(f"rope_type {rope['rope_type']!r} needs {name}, and the config has only {sorted(rope)}")
     part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if part != 1.0:
-        raise ValueError(f"partial_rotary_factor is {part}; only decoders that rotate the whole head work")
+        raise ValueError(f"partial_rotary_factor is {part}; only decoders that rotate the whole head are supported")
     return rope
 
 
 def inverse_frequencies(config: BidirectionalMistralConfig, device: torch.device) -> tuple[Tensor, float]:
     """RoPE's inverse frequencies, fp32 `[head_dim / 2]`, and the factor on cos and sin.
 
-    The formulas are those of transformers 5's `ROPE_INIT_FUNCTIONS`, bit for bit. They stand here because theirs differ
-    between versions (4.51 computes another factor for yarn), and make their tensors on the ambient device, which is
-    `meta` while a checkpoint is loaded. They are computed on every forward instead of being kept in a buffer: a buffer
-    is lost when a model is loaded through the meta device and rounded when it is cast to bf16, and 64 powers cost
+    The formulas are those of transformers 5's `ROPE_INIT_FUNCTIONS`, bit for bit. They are repeated here because
+    those differ between versions (4.51 computes another factor for yarn) and create tensors on the ambient device,
+    which is `meta` while a checkpoint loads. They are computed in every forward instead of being kept in a buffer: a
+    buffer is lost when a model loads through the meta device and rounded when it is cast to bf16, and 64 powers cost
     nothing.
 
     Raises:
@@ -115,7 +116,7 @@ def inverse_frequencies(config: BidirectionalMistralConfig, device: torch.device
 
 
 def _llama3_frequencies(frequencies: Tensor, rope: dict) -> Tensor:
-    """Llama 3.1's: waves longer than the original context are stretched, short ones kept, those between blended."""
+    """Llama 3.1's: wavelengths beyond the original context are stretched, short ones kept, those between blended."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
     wavelengths = 2 * math.pi / frequencies
@@ -126,11 +127,11 @@ def _llama3_frequencies(frequencies: Tensor, rope: dict) -> Tensor:
 
 
 def _yarn_frequencies(powers: Tensor, rope: dict, head_dim: int) -> Tensor:
-    """YaRN's (arXiv 2309.00071): fast dimensions are kept, slow ones stretched, with a linear ramp between."""
+    """YaRN's (arXiv 2309.00071): fast dimensions are kept, slow ones stretched, with a linear ramp between them."""
     theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns so many times within the original context."""
+        """The dimension that makes this many rotations within the original context."""
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
@@ -192,7 +193,7 @@ class MistralAttention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PaddedLayout | PackedLayout, is_causal: bool
     ) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # Under autocast the states are fp32, and so are cos and sin; attention takes the projections' dtype.
+        # Under autocast the states, and so cos and sin, are fp32; attention runs in the projections' dtype.
         q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # [..., tokens, heads, head_dim]
         out = layout.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
         return self.o_proj(out.flatten(-2))
@@ -226,11 +227,11 @@ class MistralDecoderLayer(nn.Module):
 
 
 class BidirectionalMistralModel(nn.Module):
-    """Mistral's layers without (`mask_type="b"`) or with (`"c"`) the causal mask; padding is always masked."""
+    """Mistral's layers with bidirectional (`mask_type="b"`) or causal (`"c"`) attention; padding is always masked."""
 
     def __init__(self, config: BidirectionalMistralConfig, mask_type: str):
         super().__init__()
-        rope_settings(config)  # an unknown type is an error now, not in the first forward
+        rope_settings(config)  # fail now on an unknown type, not in the first forward
         self.config = config
         self.mask_type = mask_type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -239,9 +240,9 @@ class BidirectionalMistralModel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, input_ids: Tensor, layout: PaddedLayout | PackedLayout | None = None) -> Tensor:
-        """Token ids `[batch, tokens]` or `[tokens]`, as `layout` says, to states of that shape, `[..., hidden]`.
+        """Maps token ids, `[batch, tokens]` or `[tokens]` depending on `layout`, to states `[..., hidden]`.
 
-        Without `layout` every row is one text without padding.
+        Without `layout`, each row is one text without padding.
         """
         layout = layout or PaddedLayout(input_ids.shape[-1])
         x = self.embed_tokens(input_ids)
@@ -261,18 +262,18 @@ class BidirectionalMistralModel(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """The mean of the token states; also the frame of the others, which override one of its two steps."""
+    """The mean of the token states; base class of the other poolings, which override one of its two steps."""
 
     def __init__(self, config: LatentAttentionConfig):
         super().__init__()
         self.output_normalize = config.output_normalize
 
     def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
-        """States `[batch, tokens, hidden]` or `[tokens, hidden]`, as `layout` says, to states of the same shape."""
+        """Maps states, `[batch, tokens, hidden]` or `[tokens, hidden]` depending on `layout`, to the same shape."""
         return states
 
     def pool(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
-        """States and the mask of those that count, laid out as `layout` says, to fp32 embeddings `[texts, hidden]`."""
+        """Reduces states to fp32 embeddings `[texts, hidden]`; `pool_mask` is 1 for the tokens that count."""
         embeddings = self.reduce(states, pool_mask, layout)
         return F.normalize(embeddings, dim=-1) if self.output_normalize else embeddings
 
@@ -282,18 +283,18 @@ class MeanPooling(nn.Module):
 
 
 class EosPooling(MeanPooling):
-    """The state of the last token, `</s>` (a text that `max_length` cut may end on another)."""
+    """The state of the last token, `</s>` (another token in a text truncated to `max_length`)."""
 
     def reduce(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         return layout.last(states).float()
 
 
 class ResidualOutput(nn.Linear):
-    """The last linear map of a residual block; a new one is zero, so that the block adds nothing until trained."""
+    """The last linear map of a residual block, initialized to zero so that an untrained block adds nothing."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to `context`; the width of a head is free of the width of the states."""
+    """Multi-head attention from `x` to `context`; the width of a head does not depend on that of the states."""
 
     def __init__(self, config: LatentAttentionConfig, context_dim: int):
         super().__init__()
@@ -304,7 +305,7 @@ class Attention(nn.Module):
         self.to_out = ResidualOutput(inner, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor, context: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
-        """`x` `[..., tokens, hidden]`, `context` `[..., keys, width]`, both laid out as `layout` says."""
+        """Maps `x` `[..., tokens, hidden]` and `context` `[..., keys, width]`, both in `layout`, to `x`'s shape."""
         q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         return self.to_out(layout.attend(q, k, v).flatten(-2))
@@ -326,7 +327,7 @@ class FeedForward(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """`fn` behind a LayerNorm, with a second one for its context where it has one."""
+    """`fn` after a LayerNorm, with a second LayerNorm for the context if there is one."""
 
     def __init__(self, dim: int, fn: nn.Module, context_dim: int | None = None):
         super().__init__()
@@ -336,7 +337,7 @@ class PreNorm(nn.Module):
 
 
 class LatentAttention(MeanPooling):
-    """Token states attend to r trainable latents, then an MLP, then the mean (paper section 3.2, equations 1-2)."""
+    """Token states attend to r trainable latents; an MLP and the mean follow (paper section 3.2, equations 1-2)."""
 
     def __init__(self, config: LatentAttentionConfig):
         super().__init__(config)
@@ -352,7 +353,7 @@ class LatentAttention(MeanPooling):
     def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         attend, feed = self.cross_attend_blocks
         context = attend.norm_context(self.latents).unsqueeze(0)
-        # Every token of every text meets the same latents: the batch is one long row, its keys are computed once.
+        # All tokens of all texts attend to the same latents: as one long row, their keys are computed once.
         x = states.flatten(0, -2).unsqueeze(0)
         x = x + attend.fn(attend.norm(x), context, PaddedLayout(x.shape[1]))
         x = x + feed.fn(feed.norm(x))
@@ -360,19 +361,20 @@ class LatentAttention(MeanPooling):
 
 
 class Float32Linear(nn.Linear):
-    """Computes in fp32 whatever the dtype of its weights."""
+    """Computes in fp32 regardless of the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class FoldedLatentAttention(MeanPooling):
-    """A trained latent attention with everything multiplied out that does not depend on the text.
+    """A trained latent attention with everything that does not depend on the text computed in advance.
 
-    The latents are constants once trained, so the keys K and values V of each head are too, and the head's
-    `softmax(x Wq K^T) V Wo` is `softmax(x A^T) B^T` with `A = K Wq^T` and `B = Wo^T V^T`: two linear maps with a
-    softmax over each head's latents between them, and the LayerNorm's weights within the first. Exact algebra; at the
-    released size 537 M parameters become 33.6 M, the MLP aside. For evaluation only: training moves the latents.
+    Once trained, the latents are constants, and so are the keys K and values V of each head. The head's
+    `softmax(x Wq K^T) V Wo` then equals `softmax(x A^T) B^T` with `A = K Wq^T` and `B = Wo^T V^T`: two linear maps with
+    a softmax over each head's latents between them; the LayerNorm's weights go into the first. The algebra is exact.
+    At the released size, 537 M parameters become 33.6 M, not counting the MLP. For evaluation only: training changes
+    the latents.
     """
 
     def __init__(self, config: LatentAttentionConfig):
@@ -380,7 +382,7 @@ class FoldedLatentAttention(MeanPooling):
         dim, scores = config.hidden_dim, config.num_cross_heads * config.num_latents_value
         self.heads = config.num_cross_heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        # In fp32, as the fused attention of the unfolded form has its scores: rounded to bf16, large ones lose most.
+        # In fp32, like the scores inside the unfolded form's fused attention: bf16 rounds large scores coarsely.
         self.to_scores = Float32Linear(dim, scores)
         self.to_out = nn.Linear(scores, dim, bias=False)
         self.feed = PreNorm(dim, FeedForward(dim))
@@ -396,19 +398,19 @@ class FoldedLatentAttention(MeanPooling):
     @classmethod
     @torch.no_grad()
     def fold(cls, block: LatentAttention, config: LatentAttentionConfig) -> "FoldedLatentAttention":
-        """Folds `block`; computed in fp64 (on Apple's GPUs, which lack it, fp32) and rounded once."""
+        """Folds `block`, computing in fp64 (fp32 on Apple's GPUs, which lack fp64) and rounding once."""
         attend, feed = block.cross_attend_blocks
         width = config.cross_dim_head
         wide = torch.float32 if block.latents.device.type == "mps" else torch.float64
         norm, norm_context = (deepcopy(norm).to(wide) for norm in (attend.norm, attend.norm_context))
         context = norm_context(block.latents.to(wide))
         to_scores, bias, to_out = [], [], []
-        # Head by head: all heads of a released checkpoint at once would take 4 GB in fp64.
+        # One head at a time: all heads of a released checkpoint would take 4 GB in fp64.
         for head in range(config.num_cross_heads):
             part = slice(head * width, (head + 1) * width)
             to_k, to_v = (weight[part].to(wide) for weight in attend.fn.to_kv.weight.chunk(2))
             scores = width**-0.5 * (context @ to_k.T) @ attend.fn.to_q.weight[part].to(wide)  # A, [latents, hidden]
-            scores -= scores.mean(0)  # what all latents share no softmax sees, and smaller weights round less
+            scores -= scores.mean(0)  # softmax ignores what all latents share, and smaller weights round less
             to_scores.append(scores * norm.weight)
             bias.append(scores @ norm.bias)
             to_out.append(attend.fn.to_out.weight[:, part].to(wide) @ (context @ to_v.T).T)  # B, [hidden, latents]
@@ -421,7 +423,7 @@ class FoldedLatentAttention(MeanPooling):
 
 
 class SelfAttention(MeanPooling):
-    """A self-attention layer and an MLP, then the mean: the paper's ablation of the latents (section 3.2, table 3)."""
+    """A self-attention layer, an MLP and the mean: the paper's ablation of the latents (section 3.2, table 3)."""
 
     def __init__(self, config: LatentAttentionConfig):
         super().__init__(config)
@@ -451,8 +453,8 @@ class NVEmbedModelOutput(ModelOutput):
     """
     Args:
         sentence_embeddings: fp32 `[batch, hidden]`; without a pool mask the token states, as in the released code.
-        last_hidden_state: token states behind the latent attention, `[batch, tokens, hidden]`, or `[tokens, hidden]`
-            of packed texts.
+        last_hidden_state: token states after the latent attention, `[batch, tokens, hidden]`, or `[tokens, hidden]`
+            for packed texts.
     """
 
     sentence_embeddings: Tensor | None = None
@@ -476,7 +478,7 @@ class NVEmbedModel(PreTrainedModel):
         super().__init__(config)
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.embedding_model = BidirectionalMistralModel(config.text_config, config.mask_type)
-        # The released name, whatever the pooling, so that `train/` finds what it trains in full under one name.
+        # The released name for every pooling, so that `train/` finds the module it trains in full under one name.
         pooling = FoldedLatentAttention if config.latent_attention_is_folded else POOLINGS[config.pooling_type]
         self.latent_attention_model = pooling(config.latent_attention_config)
         self.post_init()
@@ -508,15 +510,15 @@ class NVEmbedModel(PreTrainedModel):
         lengths: list[int] | None = None,
         return_dict: bool = True,
     ) -> NVEmbedModelOutput | tuple[Tensor]:
-        """Token ids to embeddings, or to token states.
+        """Maps token ids to embeddings, or to token states.
 
-        The texts are rows, `[batch, tokens]`, or, with `lengths`, laid end to end without padding, `[tokens]`.
+        Texts are rows, `[batch, tokens]`, or, with `lengths`, concatenated without padding, `[tokens]`.
 
         Args:
-            attention_mask: 1 for a token, 0 for padding, shaped as `input_ids`; None: no padding.
-            pool_mask: 1 for a token that counts in the pooling, shaped as `input_ids`; None: no pooling.
-            lengths: tokens of each packed text; see `pack`.
-            return_dict: False for a tuple of one tensor.
+            attention_mask: 1 for tokens, 0 for padding, of the shape of `input_ids`; None: no padding.
+            pool_mask: 1 for tokens that count in the pooling, of the shape of `input_ids`; None: no pooling.
+            lengths: number of tokens of each packed text; see `pack`.
+            return_dict: False: return a tuple of one tensor.
         """
         check_not_wrapped(self)
         layout = PaddedLayout(input_ids.shape[-1], attention_mask) if lengths is None else PackedLayout(lengths)
@@ -529,10 +531,10 @@ class NVEmbedModel(PreTrainedModel):
     def fold_latent_attention(self) -> "NVEmbedModel":
         """Replaces the latent attention by its folded form, in place; see `FoldedLatentAttention`.
 
-        The folded model saves and loads as such. There is no way back: keep the unfolded checkpoint for training.
+        The folded model can be saved and loaded. Folding cannot be undone: keep the unfolded checkpoint for training.
 
         Raises:
-            ValueError: the pooling is not a latent attention, or it is in training, quantized, spread over devices
+            ValueError: the pooling is not a latent attention, or it is in training mode, quantized, spread over devices
                 or offloaded.
         """
         block = self.latent_attention_model
@@ -573,31 +575,30 @@ class NVEmbedModel(PreTrainedModel):
     ):
         """Embeds texts, in evaluation mode and without gradients.
 
-        Texts of similar length share a batch, laid end to end without padding. Next to an accelerator a thread
-        tokenizes ahead. If a batch does not fit into memory, the budget is halved and encoding continues.
+        Texts of similar length share a batch, concatenated without padding. With an accelerator, a thread tokenizes
+        ahead. If a batch does not fit into memory, `batch_tokens` is halved and encoding continues.
 
         Args:
             prompts: the texts, without instruction: a list, a generator, a column of a dataset.
-            instruction: prefix of every text, as `format_instruction` writes it; left out of the pooling.
-            max_length: tokens of a text with its instruction and special tokens; the rest is cut off. What is beyond
-                the decoder's `max_position_embeddings` is cut off in any case, with one warning.
-            batch_tokens: tokens of a batch. None: 2,048 on a CPU, where a batch should fit its caches, 16,384
-                elsewhere.
-            batch_size: texts of a batch at most; None: only tokens count.
-            normalize: L2-normalize the embeddings; None: as the config's `output_normalize` says.
-            truncate_dim: keep the first so many dimensions, before the normalization.
-            convert_to_numpy: return a NumPy array; the embeddings then gather in host memory.
-            show_progress_bar: show one.
+            instruction: prefix of every text, formatted as by `format_instruction`; left out of the pooling.
+            max_length: truncate texts to this many tokens, instruction and special tokens included. The decoder's
+                `max_position_embeddings` is a limit in any case; exceeding it warns once.
+            batch_tokens: tokens per batch. None: 2,048 on a CPU, so that a batch fits its caches, 16,384 elsewhere.
+            batch_size: at most this many texts per batch; None: no limit but `batch_tokens`.
+            normalize: whether to L2-normalize the embeddings; None: the config's `output_normalize`.
+            truncate_dim: keep this many leading dimensions, before normalizing.
+            convert_to_numpy: return a NumPy array; the embeddings are then collected in host memory.
+            show_progress_bar: whether to show a progress bar.
             return_numpy: the released name of `convert_to_numpy`.
-            num_workers: of the released code; without effect, tokenizing runs in Rust.
+            num_workers: accepted for compatibility with the released code and ignored: tokenizing runs in Rust.
 
         Returns:
             fp32 `[len(prompts), hidden or truncate_dim]` in the order of the prompts, on the model's device.
 
         Raises:
-            TypeError: `prompts` is a single string, or holds something else than strings.
-            ValueError: no prompts, or one with a NUL or half of a surrogate pair; an argument out of its range;
-                `max_length` leaves nothing to pool; the model has no tokenizer.
+            TypeError: `prompts` is a single string, or contains something other than strings.
+            ValueError: there are no prompts, or one contains a NUL character or half of a surrogate pair; an argument
+                is out of range; `max_length` leaves nothing to pool; the model has no tokenizer.
             RuntimeError: the iterable raised; the model's parts are wrapped in `torch.nn.DataParallel`.
         """
         check_not_wrapped(self)
@@ -642,17 +643,17 @@ class NVEmbedModel(PreTrainedModel):
         num_workers: int = 32,
         **options,
     ):
-        """`encode` under the name and with the order of arguments of the released code's second entry."""
+        """`encode` with the name and argument order of the released code's second entry point."""
         return self.encode(prompts, instruction, max_length, batch_size=batch_size, **options)
 
     def _tokenize_ahead(self, prompts: list[str], instruction: str, max_length: int) -> Iterator[list[TokenizedText]]:
-        """Tokenizes windows of the prompts, one window ahead of the device that works on the last one."""
+        """Tokenizes the prompts in windows, one window ahead of the device."""
 
         def tokenize_window(window: list[str]) -> list[TokenizedText]:
             return tokenize(self.tokenizer, self.config, window, [instruction] * len(window), max_length)
 
         windows = (prompts[start : start + WINDOW_TEXTS] for start in range(0, len(prompts), WINDOW_TEXTS))
-        if self._batch_device().type == "cpu":  # both would fight for the same cores
+        if self._batch_device().type == "cpu":  # tokenizing and embedding would compete for the same cores
             yield from map(tokenize_window, windows)
             return
         with ThreadPoolExecutor(max_workers=1) as thread:
@@ -666,7 +667,7 @@ class NVEmbedModel(PreTrainedModel):
     def _embed(
         self, tokenized: list[TokenizedText], batch_tokens: int, batch_size: int | None, position: int, progress
     ) -> tuple[Tensor, int]:
-        """Unnormalized embeddings `[texts, hidden]`, and the budget that memory allowed; `position`: of the first."""
+        """Unnormalized embeddings `[texts, hidden]`, and the `batch_tokens` that fit; `position`: of the first text."""
         lengths = [len(text.input_ids) for text in tokenized]
         embeddings = torch.empty(len(tokenized), self.config.hidden_size, device=self._batch_device())
         batches = deque(length_sorted_batches(lengths, batch_tokens, batch_size))
@@ -683,7 +684,7 @@ class NVEmbedModel(PreTrainedModel):
                         f"prompts[{position + batches[0][0]}] alone, {lengths[batches[0][0]]} tokens, does not fit "
                         "into memory; lower max_length, or load the model in bfloat16 or quantized"
                     ) from error
-            # Out of the `except`, whose traceback held on to the failed batch's tensors.
+            # Outside the `except`, whose traceback would keep the failed batch's tensors alive.
             batch_tokens = sum(lengths[i] for i in batches[0]) // 2
             remaining = [i for batch in batches for i in batch]
             halved = length_sorted_batches([lengths[i] for i in remaining], batch_tokens, batch_size)
@@ -703,7 +704,7 @@ class NVEmbedModel(PreTrainedModel):
         return self.latent_attention_model.reduce(states, features["pool_mask"], PackedLayout(lengths)).to(device)
 
     def _batch_device(self) -> torch.device:
-        """The parameters' device; where offloading keeps the first of them away, the one that computes."""
+        """The parameters' device or, if the first of them is offloaded, the device that computes."""
         if self.device.type != "meta":
             return self.device
         computing = [device for device in self.hf_device_map.values() if device not in ("cpu", "disk")]
@@ -711,16 +712,16 @@ class NVEmbedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, fold_latent_attention: bool = False, **kwargs):
-        """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer that lies beside them.
+        """Loads weights as `PreTrainedModel.from_pretrained` does, and the tokenizer beside them.
 
-        The folder or repository of an adapter loads its base and the adapter on it (needs peft).
+        Given the folder or repository of an adapter, it loads the base and the adapter on top (needs peft).
 
         Args:
-            fold_latent_attention: fold it after loading; see `fold_latent_attention`.
+            fold_latent_attention: fold the latent attention after loading; see the method of this name.
 
         Raises:
-            ValueError: the checkpoint is another kind of model, has no tokenizer, or lacks a tensor or has one too
-                many; it is an adapter and peft is not installed.
+            ValueError: the checkpoint is another kind of model, has no tokenizer, or has missing or unknown tensors; or
+                it is an adapter and peft is not installed.
         """
         source = str(pretrained_model_name_or_path)
         if kwargs.get("subfolder") and Path(source).is_dir():
@@ -728,13 +729,13 @@ class NVEmbedModel(PreTrainedModel):
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
         hub_options = {name: kwargs[name] for name in names if name in kwargs}
         adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
-        adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has found the base already
+        adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has already found the base
         base_options = hub_options
         if (base := find_base_of_adapter(source, **hub_options)) is not None:
             if not is_peft_available():
                 raise ValueError(f"{source} is an adapter of {base}; loading it needs peft: pip install peft")
             adapter, source = source, base
-            # Revision and subfolder are the adapter's; where its base lies is all that it says of that.
+            # Revision and subfolder are the adapter's; about its base it only says where that is.
             own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
             base_options = {name: value for name, value in hub_options.items() if name not in own}
             adapter_options |= own
@@ -777,8 +778,8 @@ class NVEmbedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Writes a folder that loads anywhere: safetensors, config, the two code files, tokenizer, and what
-        sentence-transformers wants to know."""
+        """Writes a folder that loads anywhere: weights, config, the three code files, the tokenizer and the files of
+        sentence-transformers."""
         if kwargs.get("is_main_process", True):
             unlink_hard_links(save_directory)
             save_tokenizer(self.tokenizer, save_directory)
@@ -786,14 +787,14 @@ class NVEmbedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir) -> dict[str, float]:
-        """Of the files that `push_to_hub=True` takes for unchanged; those written just above are not."""
+        """Timestamps by which `push_to_hub=True` finds unchanged files, without those that `save_pretrained` wrote."""
         stamps = super()._get_files_timestamps(working_dir)
         ours = ("tokenizer", "special_tokens_map.json", "modules.json", "config_sentence_transformers.json")
         return {name: stamp for name, stamp in stamps.items() if not name.startswith(ours)}
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raises where the multi-GPU lines of the released model cards were run, which wrap each part of the model."""
+    """Raises if the model's parts are wrapped in `DataParallel`, as the multi-GPU lines of the released cards do."""
     for name, module in model.named_children():
         if isinstance(module, nn.DataParallel):
             raise RuntimeError(
@@ -808,7 +809,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _spare_the_pooling(quantization_config):
-    """bitsandbytes quantizes the decoder's linear layers; those of the latent attention stay as they are."""
+    """Excludes the latent attention's linear layers from quantization by bitsandbytes."""
     spared, field = "latent_attention_model", "llm_int8_skip_modules"
     if isinstance(quantization_config, dict) and {"load_in_8bit", "load_in_4bit"} & quantization_config.keys():
         return quantization_config | {field: [*(quantization_config.get(field) or ()), spared]}
@@ -822,13 +823,13 @@ def _spare_the_pooling(quantization_config):
 
 
 def check_tensors(name: str, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[tuple]) -> None:
-    """Raises where transformers would only warn and initialize randomly.
+    """Raises where transformers would only warn and initialize weights at random.
 
     Args:
-        misshapen: (name, shape found, shape expected) of each tensor of a wrong shape.
+        misshapen: (name, shape found, shape expected) of each tensor with a wrong shape.
 
     Raises:
-        ValueError: any of the three is not empty; the first tensor is named.
+        ValueError: any of the three is not empty; the error names the first tensor.
     """
     advice = "is the download whole, and does config.json belong to these weights?"
     for problem, keys in (("lacks", missing), ("has unknown", unknown)):
@@ -840,7 +841,7 @@ def check_tensors(name: str, missing: Iterable[str], unknown: Iterable[str], mis
 
 
 def find_damaged_file(folder: str) -> Path | None:
-    """The first safetensors file of a local folder whose size is not the one in its header."""
+    """The first safetensors file of a local folder whose size contradicts its header."""
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -855,10 +856,10 @@ def find_damaged_file(folder: str) -> Path | None:
 
 
 def unlink_hard_links(folder: str) -> None:
-    """Takes weights about to be overwritten out of the folder if they are hard links.
+    """Removes hard-linked weight files from a folder about to be overwritten.
 
-    safetensors before 0.8 writes into the file that is there, which is the released one in a folder that
-    `train/init_checkpoint.py --from_released` linked. What is loaded from it stays readable.
+    safetensors before 0.8 writes into an existing file. In a folder made by `train/init_checkpoint.py --from_released`
+    that would be the released file itself. Tensors already loaded from it stay readable.
     """
     for path in Path(folder).glob("*.safetensors"):
         if path.stat().st_nlink > 1:
@@ -866,14 +867,14 @@ def unlink_hard_links(folder: str) -> None:
 
 
 def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
-    """What an adapter's folder or repository names as its base; None where it holds a model of its own, or neither.
+    """The base that an adapter's folder or repository names; None if it holds a whole model, or neither.
 
     Raises:
-        ValueError: its `adapter_config.json` is damaged or names no base.
+        ValueError: `adapter_config.json` is damaged or names no base.
     """
     try:
         file = find_adapter_config_file(name_or_path, **hub_options)
-    except OSError:  # no such repository: the search for its config says so better
+    except OSError:  # no such repository: loading its config gives the better error
         return None
     if file is None or Path(file).with_name("config.json").is_file():
         return None
@@ -887,10 +888,10 @@ def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
 
 
 def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
-    """Puts an adapter on its base by transformers' own integration of peft, modules trained in full included.
+    """Adds an adapter to its base through transformers' peft integration, including modules trained in full.
 
     Raises:
-        ValueError: the adapter has no weights, or lacks one or has one too many for this base.
+        ValueError: the adapter has no weights file, or tensors are missing or unknown for this base.
     """
     weights_file = cached_file(
         adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_options
@@ -901,21 +902,21 @@ def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
     settings = json.loads(Path(find_adapter_config_file(adapter, **hub_options)).read_text())
     in_full = settings.get("modules_to_save") or []
     names = [name for name, _ in model.named_modules() if any(name.endswith(ending) for ending in in_full)]
-    if IS_TRANSFORMERS_5:  # 4 leaves this to peft
+    if IS_TRANSFORMERS_5:  # transformers 4 leaves this to peft
         weights = {_name_in_wrapper(key, names): tensor for key, tensor in weights.items()}
     info = model.load_adapter(adapter, adapter_state_dict=weights, adapter_kwargs=hub_options)
     if info is not None:
         check_tensors(adapter, info.missing_keys, info.unexpected_keys, info.mismatched_keys)
-    # Trained in fp32 beside a decoder in bf16; peft casts what goes into LoRA, nobody what goes into this.
+    # It was trained in fp32 beside a bf16 decoder; peft casts the inputs of LoRA layers, but not those of this.
     model.latent_attention_model.to(model.embedding_model.embed_tokens.weight.dtype)
     model.eval()
 
 
 def _name_in_wrapper(key: str, in_full: list[str]) -> str:
-    """The name of a weight in the copy of its module that peft trains, or in DoRA's layer."""
+    """The name of a weight inside peft's copy of a module trained in full, or inside DoRA's layer."""
     prefix = "base_model.model."
     if key.endswith(".lora_magnitude_vector"):
-        return f"{key}.weight"  # transformers puts the adapter's name between
+        return f"{key}.weight"  # transformers inserts the adapter's name
     for name in in_full:
         if key.startswith(f"{prefix}{name}."):
             return f"{prefix}{name}.modules_to_save.default.{key.removeprefix(f'{prefix}{name}.')}"
@@ -923,7 +924,7 @@ def _name_in_wrapper(key: str, in_full: list[str]) -> str:
 
 
 def save_sentence_transformers_files(config: NVEmbedConfig, folder: str) -> None:
-    """Writes `modules.json` and `config_sentence_transformers.json`, the latter with what the config says of it."""
+    """Writes `modules.json` and, with the config's prompts and similarity, `config_sentence_transformers.json`."""
     module = {"idx": 0, "name": "0", "path": "", "type": "modeling_nvembed.NVEmbedTransformer"}
     settings = {name: getattr(config, name) for name in ("prompts", "default_prompt_name", "similarity_fn_name")}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -935,10 +936,10 @@ def save_sentence_transformers_files(config: NVEmbedConfig, folder: str) -> None
 
 
 class NVEmbedTransformer(nn.Module):
-    """The one module of a `SentenceTransformer` made from a checkpoint: text to embedding, as `NVEmbedModel.encode`.
+    """The only module of a `SentenceTransformer` made from a checkpoint: texts to embeddings, as `NVEmbedModel.encode`.
 
-    sentence-transformers' own `Transformer` and `Pooling` would count a prompt's tokens differently, and know nothing
-    of the `</s>` that the released code writes as text. `prompt` is the instruction. This class follows their interface
+    sentence-transformers' own `Transformer` and `Pooling` would count a prompt's tokens differently and not append the
+    `</s>` that the released code adds to the text. `prompt` is the instruction. The class follows their interface
     (`preprocess`, or `tokenize` before 5.4) without importing them.
     """
 
@@ -963,7 +964,7 @@ class NVEmbedTransformer(nn.Module):
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a text with its prompt; kept in the config, so that it is saved."""
+        """Tokens of a text with its prompt; stored in the config, so that it is saved."""
         config = self.auto_model.config
         positions = config.text_config.max_position_embeddings
         return min(config.max_seq_length or positions, positions)
@@ -978,9 +979,9 @@ class NVEmbedTransformer(nn.Module):
     get_sentence_embedding_dimension = get_embedding_dimension  # its name before 5.4
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, **options) -> dict[str, Tensor]:
-        """Texts to padded tensors, each `[texts, longest]`; the prompt's tokens are left out of `pool_mask`."""
-        # No TypeError: sentence-transformers would answer it by trying again with the prompt glued to the texts. No
-        # positions: it has sorted the texts.
+        """Tokenizes texts into padded tensors `[texts, longest]`; `pool_mask` leaves out the prompt's tokens."""
+        # Not a TypeError: on one, sentence-transformers tries again with the prompt prepended to the texts. The error
+        # gives no position, because the texts come sorted.
         for text in (prompt or "", *inputs):
             if not isinstance(text, str):
                 raise ValueError(f"a text is {text!r} of type {type(text).__name__}, not a string")
@@ -992,13 +993,13 @@ class NVEmbedTransformer(nn.Module):
         return pad(rows, model.tokenizer.pad_token_id)
 
     def tokenize(self, texts: list[str], **options) -> dict[str, Tensor]:
-        """Texts that hold their prompt already; its length comes to `forward` in the features."""
+        """Tokenizes texts that already include their prompt, whose length `forward` gets in the features."""
         return self.preprocess(texts)
 
     def forward(self, features: dict[str, Tensor], **options) -> dict[str, Tensor]:
         mask, pool_mask = features["attention_mask"], features["pool_mask"]
         if features.get("prompt_length") is not None and self.auto_model.config.is_mask_instruction:
-            # Before 5.4: the prompt's tokens and `<s>`. `encode` leaves out as many positions as the prompt has tokens.
+            # Before 5.4 it counts the prompt's tokens and `<s>`; `encode` leaves out as many tokens as the prompt has.
             length = torch.as_tensor(features["prompt_length"], device=pool_mask.device).flatten()[0] - 1
             pool_mask = pool_mask * (torch.arange(pool_mask.shape[1], device=pool_mask.device) >= length)
         output = self.auto_model(features["input_ids"], mask, pool_mask)
@@ -1022,18 +1023,18 @@ class NVEmbedTransformer(nn.Module):
         backend: str = "torch",
         **kwargs,
     ) -> "NVEmbedTransformer":
-        """What `SentenceTransformer(model_name_or_path, model_kwargs=...)` calls; `model_kwargs` and `config_kwargs`
+        """Called by `SentenceTransformer(model_name_or_path, model_kwargs=...)`; `model_kwargs` and `config_kwargs`
         go to `NVEmbedModel.from_pretrained`.
 
         Args:
-            processor_kwargs: `model_max_length` alone, which becomes `max_seq_length`; `tokenizer_kwargs` is its name
-                before sentence-transformers 5.4.
+            processor_kwargs: only `model_max_length`, which becomes `max_seq_length`; called `tokenizer_kwargs` before
+                sentence-transformers 5.4.
 
         Raises:
-            ValueError: another `backend` than torch, another setting of the tokenizer.
+            ValueError: `backend` is not torch, or another tokenizer setting is given.
         """
         if backend != "torch":
-            raise ValueError(f"backend is {backend!r}; NV-Embed checkpoints run in torch alone: leave `backend` out")
+            raise ValueError(f"backend is {backend!r}; NV-Embed checkpoints only run in torch: leave `backend` out")
         settings = dict(processor_kwargs or tokenizer_kwargs or {})
         max_seq_length = settings.pop("model_max_length", None)
         if settings:
@@ -1052,8 +1053,8 @@ class NVEmbedTransformer(nn.Module):
         return module
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        # sentence-transformers writes its own files itself. In the one that is there by now are its user's prompts; a
-        # Router's modules lie below it, and their class is looked for beside it.
+        # sentence-transformers has already written its own config with the user's prompts. In a Router, this module is
+        # in a subfolder, and its class is looked up in the Router's folder.
         folder, config = Path(output_path).resolve(), self.auto_model.config
         for root in (folder, *folder.parents[:2]):
             file = root / "config_sentence_transformers.json"
@@ -1072,7 +1073,7 @@ class NVEmbedTransformer(nn.Module):
     def __reduce_ex__(self, protocol):
         if type(self) is not NVEmbedTransformer:
             return super().__reduce_ex__(protocol)
-        return _restore_module, (self.__dict__,)  # not by `__module__`, which is no module that can be imported
+        return _restore_module, (self.__dict__,)  # not by `__module__`, which cannot be imported
 
 
 def _restore_module(state: dict) -> NVEmbedTransformer:
@@ -1081,8 +1082,8 @@ def _restore_module(state: dict) -> NVEmbedTransformer:
     return module
 
 
-# sentence-transformers writes `__module__` and name into `modules.json` and a Router's types. Wherever this class was
-# imported from, that has to be the file in the checkpoint, or the folder would open only where nvembed is installed.
+# sentence-transformers writes `__module__` and the class name into `modules.json` and a Router's types. They must name
+# the file in the checkpoint, or the folder would load only where nvembed is installed.
 NVEmbedTransformer.__module__ = "modeling_nvembed"
 
 NVEmbedModel.register_for_auto_class()

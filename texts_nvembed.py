@@ -1,4 +1,4 @@
-"""Text to tensors: tokenizing, padding and packing, and the layouts in which the texts of a batch lie in memory."""
+"""Texts to tensors: tokenizing, padding and packing, and the layouts of the texts of a batch in memory."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .configuration_nvembed import NVEmbedConfig
 
 
-try:  # attention over texts of different lengths laid end to end, CUDA only
+try:  # attention over concatenated texts of different lengths, CUDA only
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
 except ImportError:
     try:
@@ -33,13 +33,13 @@ logger = logging.get_logger(__name__)
 
 
 def format_instruction(task: str) -> str:
-    """A task definition as the prefix of a query (paper section 3.1); no task, no prefix."""
+    """Formats a task definition as the prefix of a query (paper section 3.1); an empty task gives no prefix."""
     return f"Instruct: {task}\nQuery: " if task else ""
 
 
 @dataclass
 class TokenizedText:
-    """Token ids of instruction + text, of which the first `instruction_length` are left out of the pooling."""
+    """Token ids of instruction + text; the first `instruction_length` are left out of the pooling."""
 
     input_ids: list[int]
     instruction_length: int
@@ -52,13 +52,14 @@ def tokenize(
     instructions: list[str],
     max_length: int,
 ) -> list[TokenizedText]:
-    """Tokenizes `instructions[i] + texts[i]`, cut to `max_length` tokens, or to the decoder's positions if fewer.
+    """Tokenizes `instructions[i] + texts[i]`, truncated to `max_length` tokens, or to the decoder's positions if fewer.
 
-    The instruction's length is that of the released code: its tokens alone, without `<s>`. `<s>` makes up for the
-    last of them, the space behind "Query:", which joins the first word of the text.
+    The instruction's length is counted as in the released code: its tokens without `<s>`. Leaving out that many tokens
+    from the start, `<s>` included, keeps the last token counted, the space after "Query:", which becomes part of the
+    text's first word.
 
     Raises:
-        ValueError: `max_length` is no positive integer, or an instruction fills it and leaves no text to pool.
+        ValueError: `max_length` is not a positive integer, or an instruction fills it and leaves no text to pool.
     """
     check_number("max_length", max_length)
     positions = config.text_config.max_position_embeddings
@@ -80,7 +81,7 @@ def tokenize(
         lengths |= {prefix: len(tokenizer.tokenize(prefix)) for prefix in set(instructions) if prefix}
     for row, prefix, text, whole in zip(rows, instructions, texts, full):
         left = len(row) - lengths.get(prefix, 0)
-        # Of a cut row a few tokens may be left and still none of the text: the prefix's last space, `</s>`.
+        # In a truncated row a few tokens can be left with none of the text: the prefix's last space, `</s>`.
         is_cut = lengths.get(prefix) and text and len(row) == max_length and left <= 3
         if left < 1 or (is_cut and not _holds_text(tokenizer, whole, len(prefix), max_length)):
             raise ValueError(
@@ -117,7 +118,7 @@ def pad(tokenized: list[TokenizedText], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def pack(tokenized: list[TokenizedText]) -> dict[str, Tensor | list[int]]:
-    """Lays texts end to end: `input_ids` and `pool_mask`, each `[tokens]`, and the `lengths` of the texts."""
+    """Concatenates texts: `input_ids` and `pool_mask`, each `[tokens]`, and the `lengths` of the texts."""
     input_ids = torch.tensor([token for text in tokenized for token in text.input_ids])
     lengths = [len(text.input_ids) for text in tokenized]
     pool_mask = torch.ones_like(input_ids)
@@ -129,9 +130,9 @@ def pack(tokenized: list[TokenizedText]) -> dict[str, Tensor | list[int]]:
 
 
 def length_sorted_batches(lengths: list[int], batch_tokens: int, batch_size: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each of at most `batch_tokens` tokens, `batch_size` texts.
+    """Yields batches of indices, longest texts first, each of at most `batch_tokens` tokens and `batch_size` texts.
 
-    A text longer than `batch_tokens` makes a batch of its own.
+    A text longer than `batch_tokens` gets a batch of its own.
     """
     batch, tokens = [], 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -153,12 +154,12 @@ def check_number(name: str, value: int, largest: int | None = None) -> None:
 
 
 def check_texts(texts: Iterable[str]) -> list[str]:
-    """The texts as a list, each one such that a tokenizer can read it.
+    """The texts as a list, after checking that a tokenizer can read each of them.
 
     Raises:
-        TypeError: `texts` is a single string, or holds something else than strings.
-        ValueError: no texts; a NUL character or half of a surrogate pair in one.
-        RuntimeError: the iterable raised; the error names how far it came.
+        TypeError: `texts` is a single string, or contains something other than strings.
+        ValueError: there are no texts, or one contains a NUL character or half of a surrogate pair.
+        RuntimeError: the iterable raised; the error says at which text.
     """
     if isinstance(texts, str):
         raise TypeError(f"prompts is the string {texts[:40]!r}; encode takes a list: encode([text])")
@@ -179,7 +180,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 
 
 def check_characters(text: str, name: str) -> None:
-    """Raises a `ValueError` for what no tokenizer reads, or reads as no text was meant; `name` is the text's in it."""
+    """Raises a `ValueError` for characters that tokenizers reject or misread; the error calls the text `name`."""
     if "\0" in text:
         raise ValueError(
             f"{name} holds a NUL character at position {text.index(chr(0))}, as broken extractions do; "
@@ -200,13 +201,13 @@ def check_characters(text: str, name: str) -> None:
 def load_tokenizer(
     name_or_path: str, add_pad_token: bool, vocab_size: int | None = None, **hub_options
 ) -> PreTrainedTokenizerFast:
-    """The checkpoint's own `tokenizer.json`, as it is, padding on the right.
+    """Loads the checkpoint's own `tokenizer.json` unchanged, padding on the right.
 
     Not through `AutoTokenizer`: the class that the released checkpoints name, `LlamaTokenizer`, rebuilds its
     normalizer in transformers 5 and tokenizes differently.
 
     Args:
-        vocab_size: rows of the token embedding; a pad token beyond them gives way to `</s>`.
+        vocab_size: rows of the token embedding; a pad token beyond them is replaced by `</s>`.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -223,21 +224,21 @@ def load_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast | None, folder: str) -> None:
-    """Writes the tokenizer so that any transformers from 4.51 on reads it; transformers 5 alone would not."""
+    """Writes the tokenizer in a form that every transformers from 4.51 on reads; transformers 5 by itself does not."""
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
     path = Path(folder, "tokenizer_config.json")
     settings = json.loads(path.read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name unknown to 4
     if not settings.get("extra_special_tokens"):
-        settings.pop("extra_special_tokens", None)  # an empty list, where 4 wants a dictionary
+        settings.pop("extra_special_tokens", None)  # an empty list, where 4 expects a dictionary
     for how_it_was_loaded in ("backend", "is_local", "local_files_only"):
         settings.pop(how_it_was_loaded, None)
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-# --- Layout: how the texts of a batch lie in memory ------------------------------------------------------------------
+# --- Layouts of the texts of a batch in memory -----------------------------------------------------------------------
 
 
 class PaddedLayout:
@@ -251,7 +252,10 @@ class PaddedLayout:
         return torch.arange(self.tokens, device=device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each row without its padding; `[batch, tokens, heads, head_dim]`, k and v of maybe fewer."""
+        """Attention within each row, padding masked.
+
+        Shapes are `[batch, tokens, heads, head_dim]`; k and v may have fewer heads.
+        """
         mask = None if self.mask is None else self.mask.to(q.device)
         k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
         if is_causal and mask is not None:
@@ -260,7 +264,7 @@ class PaddedLayout:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).transpose(1, 2)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the tokens of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
+        """Sums over the tokens of each text: `[batch, tokens, ...]` to `[batch, ...]`."""
         return x.sum(1)
 
     def last(self, x: Tensor) -> Tensor:
@@ -272,11 +276,11 @@ class PaddedLayout:
 
 
 class PackedLayout:
-    """Texts laid end to end, `[tokens]`: no padding, so no work on it.
+    """Concatenated texts, `[tokens]`: no padding and no work spent on it.
 
     Args:
-        lengths: tokens of each text. Neighbours of one length share an attention call where there is no kernel for
-            variable lengths, so texts should come sorted by length.
+        lengths: number of tokens of each text. Without a kernel for variable lengths, neighbours of equal length share
+            an attention call, so texts should be sorted by length.
     """
 
     def __init__(self, lengths: list[int]):
@@ -287,10 +291,10 @@ class PackedLayout:
         return torch.cat([torch.arange(length) for length in self.lengths]).to(device, non_blocking=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-        """Attention within each text; `[tokens, heads, head_dim]`, k and v maybe of fewer heads."""
+        """Attention within each text; shapes are `[tokens, heads, head_dim]`, k and v may have fewer heads."""
         if has_varlen_kernel(q, is_causal) and not dropout:
             ends, longest = self._ends(q.device), max(self.lengths)
-            # flash-attn always shares keys among the heads of a group, torch 2.13 and newer only when asked.
+            # flash-attn always shares keys among the heads of a group, torch 2.13 and newer only on request.
             if not VARLEN_OPTIONS & {"causal", "enable_gqa"}:
                 k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
             options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])
@@ -306,14 +310,14 @@ class PackedLayout:
         return torch.cat(out)
 
     def _ends(self, device: torch.device) -> Tensor:
-        """0 and the position behind each text, int32 `[texts + 1]`: made once a batch, kept for all layers."""
+        """Cumulative lengths from 0, int32 `[texts + 1]`, computed once per batch for all layers."""
         if self._cumulative is None or self._cumulative.device != device:
             ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
             self._cumulative = ends.to(device, non_blocking=True)
         return self._cumulative
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the tokens of each text: `[tokens, ...]` to `[texts, ...]`."""
+        """Sums over the tokens of each text: `[tokens, ...]` to `[texts, ...]`."""
         return torch.stack([text.sum(0) for text in x.split(self.lengths)])
 
     def last(self, x: Tensor) -> Tensor:
@@ -328,7 +332,7 @@ def has_varlen_kernel(q: Tensor, is_causal: bool) -> bool:
 
 
 def varlen_options(is_causal: bool, is_grouped: bool) -> dict[str, bool | tuple[int, int]]:
-    """How this version of the kernel is told of a causal mask and of grouped heads."""
+    """The arguments for a causal mask and grouped heads in this version of the kernel."""
     options: dict[str, bool | tuple[int, int]] = {}
     if is_grouped and "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = True

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and digests that tell when they change."""
+"""Atomic writes of files and folders, and digests of their contents."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or folder to, and renames it once the body is done.
 
-    Whoever finds `path` finds all of it. If the body raises, what it wrote is removed and `path` stays as it was.
+    So `path` is never half-written. If the body raises, what it wrote is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def digest_files(folder: Path, paths: Iterable[Path]) -> str:
-    """16 hexadecimal digits that change when a file's content or its place below the folder does."""
+    """16 hexadecimal digits that change with any file's content or its path relative to the folder."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(str(path.relative_to(folder)).encode() + bytes.fromhex(sha256(path)))

@@ -176,7 +176,7 @@ def test_a_rope_that_depends_on_the_length_is_refused(damaged):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="rope_type is 'dynamic'; those that work are default, linear, llama3"):
+    with pytest.raises(ValueError, match="rope_type is 'dynamic'; supported are default, linear, llama3"):
         NVEmbedModel.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the decoder: adding it, and merging it into weights that need no peft to load."""
+"""LoRA on the decoder: adds it, and merges it into weights that load without peft."""
 
 import copy
 import re
@@ -23,11 +23,11 @@ ADAPTER = "adapter"  # its folder within the output folder of a stage
 
 
 def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel | PeftModel:
-    """LoRA on the decoder's linear layers; the latent attention is trained in full, in fp32.
+    """Adds LoRA to the decoder's linear layers; the latent attention is trained in full, in fp32.
 
     Raises:
-        ValueError: the model is an adapter on its base, the latent attention is folded, quantized weights would be
-            trained themselves, or a list of modules does not fit the model (see `resolve_modules`).
+        ValueError: the model already has an adapter, its latent attention is folded, quantized weights would have to be
+            trained directly, or a list of modules does not match the model (see `resolve_modules`).
     """
     if model.config.latent_attention_is_folded:
         raise ValueError(
@@ -57,13 +57,13 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
 
 
 def resolve_modules(model: NVEmbedModel, config: LoraConfig) -> None:
-    """Checks `lora_modules_to_save` and `lora_target_modules` against the model, and puts full names into the former.
+    """Checks `lora_modules_to_save` and `lora_target_modules` against the model and expands the former to full names.
 
-    peft itself passes over a name that matches nothing, and takes every module whose name ends in these letters.
+    peft itself skips a name that matches nothing, and takes every module whose name ends with these letters.
 
     Raises:
-        ValueError: a name matches no module, or one without weights; a module trained in full lies within another, or
-            holds all that a target matches.
+        ValueError: a name matches no module, or a module without weights; a module trained in full is inside another
+            one, or contains everything that a target matches.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     in_full: dict[str, str] = {}  # name of a module -> how it was asked for
@@ -122,10 +122,11 @@ def _similar(modules: dict, asked: str) -> str:
 
 
 def write_adapter(model: PeftModel, folder: Path) -> None:
-    """Saves an adapter with all but the base's weights, so that `AutoModel` and `SentenceTransformer` open it."""
+    """Saves an adapter with all that `AutoModel` and `SentenceTransformer` need to load it but the base's weights."""
     base = model.get_base_model()
     for config in model.peft_config.values():
-        if Path(config.base_model_name_or_path or "").is_dir():  # else it would open from one working directory alone
+        # A relative path would only load from one working directory.
+        if Path(config.base_model_name_or_path or "").is_dir():
             config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     model.save_pretrained(folder)
     save_tokenizer(base.tokenizer, str(folder))
@@ -134,15 +135,15 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
-    """Whether bitsandbytes holds the decoder's matrices in 8 or 4 bit."""
+    """Whether the decoder's matrices are quantized to 8 or 4 bit by bitsandbytes."""
     return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
 
 
 def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
-    """The model with LoRA added into its weights, all in the decoder's dtype; it needs no peft to load.
+    """The model with LoRA merged into its weights, all in the decoder's dtype; it loads without peft.
 
-    Into a quantized base, LoRA was trained to make up for its rounding, so it is added to what those numbers stand for,
-    not to the weights that they were rounded from, and the sum is not rounded to 8 or 4 bit again.
+    On a quantized base, LoRA was trained on the rounded weights, so it is added to the dequantized ones, not to the
+    originals, and the sum is not quantized again.
     """
     dtype = decoder_dtype(model)
     if is_quantized(model):
@@ -160,8 +161,9 @@ def decoder_dtype(model: NVEmbedModel | PeftModel) -> torch.dtype:
 
 
 def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
-    """The weights, matrices of 8 or 4 bit multiplied out to the dtype of the norms, in main memory."""
-    state = model.state_dict()  # not the parameters: bitsandbytes rearranges 4 bit on a CPU, and undoes it in here
+    """The weights in main memory, 8- and 4-bit matrices dequantized to the dtype of the norms."""
+    # Not from the parameters: on a CPU, bitsandbytes rearranges 4-bit ones, and `state_dict` restores their order.
+    state = model.state_dict()
     weights = {name: state[name].cpu() for name, _ in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
@@ -171,7 +173,7 @@ def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
 
 
 def with_weights(model: NVEmbedModel | PeftModel, weights: dict[str, Tensor]) -> NVEmbedModel | PeftModel:
-    """The same model and adapter around other weights; `model` itself, whose own are shards, stays as it is."""
+    """A copy of the model and its adapter with other weights; `model`, whose own weights are shards, is unchanged."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):

@@ -32,9 +32,11 @@ class RecipeParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
         args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+        if args.count("--config") > 1:
+            raise ValueError("--config is there twice; a run has one recipe, and other options override its settings")
         place = args.index("--config") + 1 if "--config" in args else len(args)
         if args[-1:] == ["--config"]:
-            raise ValueError("--config is the last argument; name a recipe behind it")
+            raise ValueError("--config is the last argument; name a recipe after it")
         if place < len(args):
             self.recipe = find_recipe(args[place])
             args[place] = str(self.recipe)

@@ -1,4 +1,4 @@
-"""The model card of a training run: what the model was made from, on what data, how, and how it does."""
+"""The model card of a training run: base, data, settings and scores."""
 
 import re
 import shutil
@@ -30,9 +30,9 @@ from nvembed.train.resume import NOT_RECORDED, RunRecord
 
 logger = get_logger(__name__)
 
-TRAINING = "\n## Training\n"  # the last section; a stage takes its base's over and adds its own
+TRAINING = "\n## Training\n"  # the last section; a stage copies its base's and appends its own
 
-# What loading a card raises where there is none, or one with broken metadata.
+# What loading a card raises if there is none or its metadata is broken.
 NO_CARD = (OSError, ValueError, YAMLError, HfHubHTTPError, OfflineModeIsEnabled)
 
 SETTINGS = (
@@ -45,20 +45,20 @@ SETTINGS = (
 
 @dataclass
 class TrainingRun:
-    """What a card tells of a run.
+    """What a card says about a run.
 
     Args:
         stage: name of the script.
-        base: what it started from: a local folder or a Hub name.
-        sources: of the triplets.
-        kinds, instructions: of each source; an instruction that differs from row to row is that of the first.
-        triplets: how many each source has.
-        samples: how many of each were trained on, repetitions counted.
-        example: one triplet.
-        settings: name -> value, as text; one that changed at a resume has all its values.
-        history: the Trainer's log, step by step.
-        tasks: those measured during training.
-        saved_step: whose weights are saved; None: the last's.
+        base: the checkpoint it started from: a local folder or a Hub name.
+        sources: the data sets.
+        kinds, instructions: one per source; the instruction is that of the source's first row.
+        triplets: number of triplets per source.
+        samples: number of triplets trained on per source, repetitions included.
+        example: one triplet, for the usage section.
+        settings: name -> value as text; a setting that changed at a resume lists all its values.
+        history: the Trainer's log.
+        tasks: the tasks measured during training.
+        saved_step: step whose weights are saved; None: the last one.
     """
 
     stage: str
@@ -104,7 +104,7 @@ def describe_run(
 
 
 def describe_settings(settings: Mapping[str, object], record: RunRecord) -> dict[str, str]:
-    """The settings that a card shows, as text; one that changed at a resume with each value and its first step."""
+    """The settings that a card shows, as text; those that changed at a resume with each value and its first step."""
     described = {}
     recorded = record.periods[-1][1]
     changed = [name for name in recorded if len(record.history(name)) > 1 and name not in SETTINGS]
@@ -121,12 +121,12 @@ def _as_text(value: object) -> str:
 
 
 def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False) -> None:
-    """Writes README.md and the loss curve that it shows.
+    """Writes README.md and the picture of the loss curve in it.
 
     Args:
-        folder: of the checkpoint, or of the adapter.
-        name: what loads the model: a Hub name, or a local folder.
-        adapter: the folder holds an adapter alone.
+        folder: of the checkpoint or of the adapter.
+        name: Hub name or local folder that the usage section loads the model from.
+        adapter: whether the folder holds only an adapter.
     """
     before, earlier = earlier_training(run.base, folder)
     heading, curve = run.stage, f"loss_{run.stage}.png"
@@ -157,7 +157,7 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
 
 
 def write_base_card(folder: Path, base: str) -> None:
-    """The card of an untrained checkpoint: what training starts from, for the cards of its stages."""
+    """Writes the card of an untrained checkpoint, from which the cards of its stages take the base model."""
     data = ModelCardData(
         base_model=base if is_hub_name(base) else None,
         library_name="transformers",
@@ -184,7 +184,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def earlier_training(base: str, folder: Path) -> tuple[dict, str]:
-    """Metadata of the base's card and, of a local one, its account of training, whose curves are copied to `folder`."""
+    """Metadata of the base's card and, if the base is local, its training section, copying the loss curves in it."""
     try:
         card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
     except NO_CARD as error:
@@ -208,7 +208,7 @@ def introduction(run: TrainingRun, base_model: str | None) -> str:
 
 
 def usage(run: TrainingRun, name: str, adapter: bool) -> str:
-    """Code that runs as written, on one of the triplets."""
+    """Code that runs as written, with one of the triplets as its example."""
     instruction = format_instruction(run.example["instruction"])
     on_passages = f", instruction={instruction!r}" if run.example["symmetric"] else ""
     passages = [shorten(text) for text in [run.example["positive"], *run.example["negatives"][:1]]]
@@ -239,14 +239,14 @@ def shorten(text: str, words: int = 30) -> str:
 
 
 def measurements(run: TrainingRun) -> list[dict]:
-    """The log's lines with scores, up to the step whose weights are saved."""
+    """Log entries with scores, up to the step whose weights are saved."""
     names = [task.metadata.name for task in run.tasks]
     points = [entry for entry in run.history if names and all(f"eval_{name}" in entry for name in names)]
     return [entry for entry in points if run.saved_step is None or entry["step"] <= run.saved_step]
 
 
 def last_scores(run: TrainingRun) -> dict[str, float]:
-    """Main score of each task, 0 to 1, at the end; empty if nothing was measured."""
+    """The last main score of each task, 0 to 1; empty if none was measured."""
     last = measurements(run)[-1:]
     return {task.metadata.name: entry[f"eval_{task.metadata.name}"] for entry in last for task in run.tasks}
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders: none is overwritten, none is left half-written."""
+"""Checkpoint folders, never overwritten and never half-written."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from nvembed.modeling_nvembed import NVEmbedModel, check_tensors
 
 logger = get_logger(__name__)
 
-# What `save_pretrained` writes; a folder that holds any of it is somebody's checkpoint.
+# What `save_pretrained` writes; a folder with any of these is a checkpoint that must not be overwritten.
 PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 
 
 def check_output_dir(output_dir: str) -> Path:
-    """Raises if the folder holds a checkpoint already; call it before any long work.
+    """Raises if the folder already holds a checkpoint; call it before any long work.
 
     Raises:
-        FileExistsError: files of a checkpoint are there, or a README.md.
+        FileExistsError: the folder holds files of a checkpoint, or a README.md.
         NotADirectoryError: the path is a file.
-        PermissionError: nothing can be written there.
+        PermissionError: the folder is not writable.
     """
     folder = Path(output_dir).resolve()
     if folder.exists() and not folder.is_dir():
@@ -52,10 +52,10 @@ def check_output_dir(output_dir: str) -> Path:
 
 @contextmanager
 def staged(output_dir: str) -> Iterator[Path]:
-    """A folder to write to, moved to `output_dir` when all is written: a folder with a `config.json` is whole.
+    """Yields a folder whose files are moved to `output_dir` once all are written, `config.json` last.
 
     Raises:
-        FileExistsError: the folder holds a checkpoint already, or a file that would be replaced, such as a README.md.
+        FileExistsError: the folder already holds a checkpoint or a file that would be replaced, such as a README.md.
     """
     folder = check_output_dir(output_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -70,7 +70,7 @@ def staged(output_dir: str) -> Iterator[Path]:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:  # of a failed attempt, not even empty folders stay
+        for path in missing:  # a failed attempt leaves not even empty folders
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
@@ -79,11 +79,11 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
     """Saves the model.
 
     Args:
-        write_card: adds a model card to the folder that it is given; see `add_card`.
+        write_card: writes a model card to the folder passed to it; see `add_card`.
 
     Raises:
-        FileExistsError: the folder holds a checkpoint already.
-        ValueError: a weight is not finite, or what was written has other tensors than its config asks for.
+        FileExistsError: the folder already holds a checkpoint.
+        ValueError: a weight is not finite, or the files written do not have the tensors that the config requires.
     """
     check_output_dir(output_dir)
     for name, parameter in model.named_parameters():
@@ -91,17 +91,17 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
-        check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # it loads, or it is not there
+        check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # what does not load is not kept
         add_card(partial, write_card)
 
 
 def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
-    """Calls `write_card`, if given. Errors are logged, not raised: weights without a card are worth keeping."""
+    """Calls `write_card`, if given. Errors are logged, not raised: weights without a card are still worth saving."""
     try:
         if write_card is not None:
             write_card(folder)
     except Exception:
-        logger.exception("No model card could be written; the weights are saved without one")
+        logger.exception("Writing the model card failed; the weights are saved without one")
 
 
 def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:
@@ -112,10 +112,10 @@ def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:
 
 
 def check_weights(folder: Path, expected: dict[str, list[int]]) -> list[Path]:
-    """The safetensors files of a checkpoint, whose headers hold exactly the tensors `expected`, by name and shape.
+    """Returns the safetensors files of a checkpoint after checking their headers against `expected` names and shapes.
 
     Raises:
-        ValueError: a file is absent or damaged, a tensor is missing, unknown or of another shape.
+        ValueError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape.
     """
     names = ["model.safetensors"]
     if (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Triplets -> tensors: each text once, packed without padding into chunks, as `encode` packs its batches."""
+"""Triplets to tensors: each distinct text once, packed without padding into chunks as `encode` packs its batches."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nvembed.train.losses import NO_TEXT
 
 
 def text_id(text: str) -> int:
-    """A non-negative 63-bit identity, the same in every process (Python's own `hash` is salted per process)."""
+    """A non-negative 63-bit hash, the same in every process (Python's own `hash` is salted per process)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -22,19 +22,19 @@ class TripletCollator:
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
     "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.texts_nvembed.pack`), queries, positives
-    and negatives alike, the longest in the last. Their embeddings, concatenated in order, hold the query of
-    row i at `query_index[i]` and its j-th passage at `passage_index[i, j]`, the positive first. A row with fewer than
-    `num_negatives` negatives has identity `NO_TEXT` (and index 0) in the empty slots. `datasets[i]` names row i's.
+    and negatives alike, the longest in the last. Of their embeddings, concatenated in order, `query_index[i]` is the
+    query of row i and `passage_index[i, j]` its j-th passage, the positive first. Where a row has fewer than
+    `num_negatives` negatives, the empty slots have the id `NO_TEXT` and index 0. `datasets[i]` is row i's data set.
 
     Args:
         tokenizer: the checkpoint's.
-        config: the checkpoint's; it says how an instruction is masked and who appends `</s>`.
+        config: the checkpoint's; it says whether instructions are masked and `</s>` is appended to the text.
         max_length: tokens of a text with its instruction.
-        num_negatives: hard negatives of a row; a triplet with more gives its first, the hardest if they are mined.
-        chunk_tokens: tokens of a chunk at most (a longer text makes one of its own); None: one chunk.
+        num_negatives: hard negatives per row; a triplet with more gives its first ones, the hardest if mined.
+        chunk_tokens: at most this many tokens per chunk (a longer text gets its own chunk); None: one chunk.
 
     Raises:
-        ValueError: `max_length` is more than the decoder's positions.
+        ValueError: `max_length` exceeds the decoder's positions.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ class TripletCollator:
         instructions, texts = zip(*position)
         tokenized = tokenize(self.tokenizer, self.config, list(texts), list(instructions), self.max_length)
         lengths = [len(text.input_ids) for text in tokenized]
-        # The one that is not full comes first: the last is embedded once, all others twice (see gradient_cache).
+        # The chunk that is not full comes first: the last one is embedded once, the others twice (see gradient_cache).
         chunks = list(length_sorted_batches(lengths, self.chunk_tokens or sum(lengths)))[::-1]
         rank_of = torch.empty(len(tokenized), dtype=torch.long)  # place in `position` -> row of the embeddings
         rank_of[[i for chunk in chunks for i in chunk]] = torch.arange(len(tokenized))

@@ -1,4 +1,4 @@
-"""Stops a diverging run, and shows what its worst batch was."""
+"""Stops a diverging run and writes its worst batch to a file."""
 
 import json
 import math
@@ -15,18 +15,18 @@ class LossGuard:
     """Stops a training whose loss is NaN, infinite, or far above its running mean."""
 
     FACTOR = 10.0  # times the running mean, or times 1 where that is smaller
-    ROWS = 32  # compared at once, at least: a single hard row may well lose ten times the usual
+    ROWS = 32  # averaged before comparing, at least: a single hard row can have ten times the usual loss
 
     def __init__(self):
         self.mean: float | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.total, self.rows = 0.0, 0  # of the batches that are not in the mean yet
-        self.worst: tuple[float, Mapping, list[float]] | None = None  # the one of them to write
+        self.total, self.rows = 0.0, 0  # of the batches not in the mean yet
+        self.worst: tuple[float, Mapping, list[float]] | None = None  # of these batches, the one to write
 
     def check(self, loss: float, batch: Mapping, rows: Contrast, path: Path, decode) -> None:
-        """Takes the loss of a batch in.
+        """Adds the loss of a batch.
 
         Args:
             path: the file for a bad batch.
@@ -34,7 +34,7 @@ class LossGuard:
 
         Raises:
             FloatingPointError: the loss is NaN or infinite, or over the last `ROWS` rows more than `FACTOR` times its
-                running mean; the worst batch of them is in `path` by then.
+                running mean; the worst of these batches has been written to `path`.
         """
         if self.worst is None or not loss <= self.worst[0]:  # NaN is the worst
             self.worst = loss, batch, rows.losses.tolist()
@@ -55,7 +55,7 @@ class LossGuard:
 
 
 def write_batch(path: Path, batch: Mapping, losses: Sequence[float], decode) -> None:
-    """Writes what the model read, row by row, with the losses, for inspection."""
+    """Writes the texts as the model read them, row by row, with their losses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [text for chunk in batch["chunks"] for text in _split(chunk, decode)]
     with path.open("w", encoding="utf-8") as file:

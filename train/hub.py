@@ -1,4 +1,4 @@
-"""Pushing what was trained to the Hub; whether that will work is found out before training."""
+"""Pushes what was trained to the Hub, after checking before training that the push will work."""
 
 from pathlib import Path
 
@@ -17,16 +17,16 @@ PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*")]
 
 
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:
-    """Makes sure of token, repositories and the right to write to them, before training.
+    """Checks the token, creates the repositories and checks write access to them, before training.
 
     Returns:
-        The full names of the repositories for the "model" and the "adapter", as far as they are asked for. Pushed
-        together, the adapter gets a repository of its own. Processes other than the main one push nothing.
+        The full names of the repositories for the "model" and the "adapter", whichever were requested. Pushed together,
+        the adapter gets its own repository. Processes other than the main one get an empty dictionary.
 
     Raises:
-        ConnectionError: the Hub does not answer.
+        ConnectionError: the Hub does not respond.
         PermissionError: the token may not write to the repository.
-        ValueError: there is no token, the Hub does not accept it, or there is no adapter to push.
+        ValueError: there is no token, the Hub rejects it, or there is no adapter to push.
     """
     if training_args.push_adapter and not model_args.use_peft:
         raise ValueError("--push_adapter has no adapter to push: --use_peft is false; push the model: --push_to_hub")
@@ -77,7 +77,7 @@ def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> st
     """Uploads the files of a folder, without its subfolders, in one commit, and returns the repository's address.
 
     Raises:
-        ConnectionError: it did not work; the folder is as it was.
+        ConnectionError: the upload failed; the folder is unchanged.
     """
     api = HfApi(token=training_args.hub_token)
     try:

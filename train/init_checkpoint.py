@@ -1,12 +1,12 @@
-"""Makes an untrained NV-Embed checkpoint from a Mistral- or Llama-layout decoder, or one of ours from a released one.
+"""Makes an untrained NV-Embed checkpoint from a Mistral or Llama decoder, or converts a released NV-Embed.
 
     python train/init_checkpoint.py --base mistralai/Mistral-7B-v0.1 --output_dir runs/mistral
     python train/init_checkpoint.py --base models/smollm2.gguf --num_layers 8 --output_dir runs/smollm2
     python train/init_checkpoint.py --from_released nvidia/NV-Embed-v2 --output_dir runs/nv-embed-v2
 
 An untrained embedding is the mean of the decoder's states: the new block adds nothing yet (see `NVEmbedModel`). A
-released checkpoint keeps its weights, by hard links where it can, and gets the code and the files that open it with
-today's transformers and sentence-transformers.
+converted checkpoint shares its weights with the released one, by hard links where possible, and gets the code and files
+that today's transformers and sentence-transformers load it with.
 """
 
 import json
@@ -57,7 +57,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
     """Reads the decoder and builds the model around it.
 
     Raises:
-        ValueError: the base is not Mistral/Llama-layout, or has fewer than `num_layers` layers.
+        ValueError: the base does not have Mistral's or Llama's layout, or has fewer than `num_layers` layers.
     """
     base, gguf = args.base, {"gguf_file": args.gguf_file} if args.gguf_file else {}
     if Path(base).suffix == ".gguf":
@@ -133,15 +133,15 @@ def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: s
 def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokenizerFast:
     """The base's tokenizer, changed to write `<s>` text `</s>` and to pad on the right.
 
-    Every user of the checkpoint gets the end token, whichever library tokenizes, and truncation keeps it. A pad token
-    without a row in the embedding gives way to `</s>`.
+    The tokenizer itself adds the end token, so every library that uses the checkpoint gets it and truncation keeps it.
+    A pad token without a row in the embedding is replaced by `</s>`.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if from_gguf:  # transformers reads the ids of a GGUF file into the config, and not always into the tokenizer
         bos, eos = tokenizer.convert_ids_to_tokens([config.bos_token_id, config.eos_token_id])
     if eos is None:
         raise ValueError("the base's tokenizer has no end token, which every text needs; set its eos_token")
-    bos = bos or eos  # `<s>` starts every text: the instruction's mask counts on it
+    bos = bos or eos  # every text must start with `<s>`: the instruction mask relies on it
     backend, pad = tokenizer.backend_tokenizer, tokenizer.pad_token
     if pad is not None and tokenizer.pad_token_id >= config.vocab_size:
         backend, pad = _without_token(backend, pad), None
@@ -163,16 +163,16 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
 
 
 def _without_token(backend: Tokenizer, token: str) -> Tokenizer:
-    """The tokenizer without an added token, so that a text that spells it out is read in pieces."""
+    """The tokenizer without an added token, so that the same string in a text is tokenized as ordinary text."""
     content = json.loads(backend.to_str())
     content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] != token]
-    if isinstance(content["model"].get("vocab"), dict):  # some list their added tokens there, too
+    if isinstance(content["model"].get("vocab"), dict):  # some tokenizers list added tokens here, too
         content["model"]["vocab"].pop(token, None)
     return Tokenizer.from_str(json.dumps(content))
 
 
 def check_token_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int, base: str) -> None:
-    """Raises a `ValueError` if a text can give a token that has no row in the embedding."""
+    """Raises a `ValueError` if the tokenizer has a token without a row in the embedding."""
     outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
     if outside:
         token = min(outside, key=outside.get)

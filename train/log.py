@@ -1,4 +1,4 @@
-"""What the training log says beside the loss: where it comes from, how similar the texts are, and how fast it goes."""
+"""Figures for the training log beside the loss: loss by data set, similarities and speed."""
 
 import time
 from collections import defaultdict
@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 
 
 class LogWindow:
-    """The batches between two logs, of all processes together."""
+    """Collects figures of the batches between two logs, over all processes."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.flops = flops_per_token(model)
@@ -42,7 +42,7 @@ class LogWindow:
         self.datasets += batch["datasets"]
 
     def leave_out(self, seconds: float) -> None:
-        """Excludes time that was not spent on training."""
+        """Excludes time spent on something other than training."""
         self.start += seconds
 
     def close(self) -> dict[str, float]:

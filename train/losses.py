@@ -10,11 +10,11 @@ from torch import Tensor
 from nvembed.eval.sharding import gather, is_distributed
 
 
-NO_TEXT = -1  # the identity of an empty slot; `collator.text_id` gives non-negative ones
+NO_TEXT = -1  # id of an empty slot; those of `collator.text_id` are non-negative
 
 
 class Contrast(NamedTuple):
-    """Loss and cosine similarities of each row, all `[batch]`."""
+    """Loss and cosine similarities per row, each `[batch]`."""
 
     losses: Tensor
     positive: Tensor
@@ -33,22 +33,23 @@ def contrast(
 
     A row's candidates are its own positive and hard negatives. With `in_batch_negatives` (stage 1) they are the
     positives and hard negatives of every row of the batch, on every process; gradients flow back to all of them.
-    A candidate is left out when it cannot be a negative: its text is the row's query, its positive, or the positive
-    of the same query in another row.
+    A candidate is excluded where it is not a negative: its text is the row's query, its positive, or a positive of the
+    same query in another row.
 
-    Each process returns its own rows, whose mean is its loss under DDP. The gradients that DDP averages are those of
-    the mean over the whole batch, because the gathered passages carry each process's share back; no factor is needed.
+    Each process returns its own rows, whose mean is its loss under DDP. Gathering the passages sends gradients back to
+    the process that embedded them, so the average that DDP takes is the gradient of the mean over the whole batch; no
+    factor is needed.
 
     Args:
         queries: `[batch, hidden]`, L2-normalized.
         passages: `[batch, 1 + negatives, hidden]`, L2-normalized, the positive first.
-        query_ids: the texts' identities (`collator.text_id`), `[batch]`.
-        passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` where a row has fewer negatives than others.
+        query_ids: ids of the texts (`collator.text_id`), `[batch]`.
+        passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` in empty slots.
         temperature: divisor of the similarities; the paper gives none, 0.02 is NVIDIA's later setting.
-        in_batch_negatives: candidates from the whole batch (stage 1) or from the row alone (stage 2).
+        in_batch_negatives: whether candidates come from the whole batch (stage 1) or from the row alone (stage 2).
 
     Raises:
-        ValueError: `temperature` is not positive, or the shapes do not belong together.
+        ValueError: `temperature` is not positive, or the shapes do not match.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be > 0 (the paper's successors use 0.02)")
@@ -70,7 +71,7 @@ def contrast(
         candidate_ids = passage_ids
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
     excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
-    # Rows times candidates, these tensors are the largest of a step: what can be is done in place.
+    # These tensors, rows x candidates, are the largest of a step, so most of this is done in place.
     target = target[:, None]
     positive = similarity.detach().gather(1, target)
     hardest_negative = similarity.detach().masked_fill(excluded.scatter_(1, target, True), float("-inf")).amax(1)
@@ -80,22 +81,22 @@ def contrast(
 
 
 def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:
-    """Whether a candidate is a text, and neither the row's query nor a positive of that query in any row.
+    """Whether a candidate is a negative: a text that is neither the row's query nor a positive of it in any row.
 
     Args:
         query_ids: `[batch]`.
-        candidate_ids: `[batch, candidates]`, or `[1, candidates]` where all rows share them.
+        candidate_ids: `[batch, candidates]`, or `[1, candidates]` if all rows share them.
         all_query_ids, all_positive_ids: of all rows on all processes, `[world * batch]`.
 
     Returns:
-        `[batch, candidates]`; what is held meanwhile grows as that, not with a third factor.
+        `[batch, candidates]`; peak memory grows with this size, not with rows x candidates x rows.
     """
-    # Numbers from 0 for queries and texts, so that "is a positive of that query" is a table or a set of pairs.
+    # Queries and texts are numbered from 0, so that "is a positive of that query" becomes a table or a set of pairs.
     queries, query_numbers = query_ids.unique(return_inverse=True)
     texts, numbers = torch.cat([all_positive_ids, candidate_ids.flatten()]).unique(return_inverse=True)
     positive_numbers, candidate_numbers = numbers[: len(all_positive_ids)], numbers[len(all_positive_ids) :]
     here = torch.searchsorted(queries, all_query_ids).clamp(max=len(queries) - 1)
-    known = queries[here] == all_query_ids  # rows of other processes may have queries that no row here has
+    known = queries[here] == all_query_ids  # other processes may have queries that no row here has
     if len(candidate_ids) == 1:
         is_positive = torch.zeros(len(queries), len(texts), dtype=torch.bool, device=query_ids.device)
         is_positive[here[known], positive_numbers[known]] = True

@@ -1,7 +1,7 @@
-"""Resuming a training: which checkpoint, whether its weights belong to this run, and which settings may differ.
+"""Resumes a training: finds the checkpoint, checks that its weights belong to this run, and compares settings.
 
-A setting that differs from the checkpoint's is either applied from there on, as the log and the model card say, or
-refused, because the checkpoint's contents depend on the earlier value.
+A setting that differs from the checkpoint's either applies from there on, and the log and the model card say so, or is
+refused because the checkpoint's contents depend on the earlier value.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from nvembed.train.data.prepared import first_difference
 logger = get_logger(__name__)
 
 SETTINGS_FILE = "settings.json"  # within a training checkpoint
-NOT_RECORDED = "not recorded"  # of a part of a run that an earlier nvembed trained
+NOT_RECORDED = "not recorded"  # value of a setting where an earlier nvembed trained that part of the run
 
 OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
-# What may change at a resume: the run continues with the new value.
+# Settings that may change at a resume: the run continues with the new value.
 APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
     "processes",
 )  # fmt: skip
-# What may not, and why.
+# Settings that may not change, and why.
 REFUSED = {
     "optim": "the checkpoint has the states of that optimizer",
     "optim_args": "the checkpoint has the states of that optimizer",
@@ -53,19 +53,19 @@ REFUSED = {
     ),
     "the adapter in the checkpoint was trained with it",
 )  # fmt: skip
-# Schedules that keep their rate in a state of their own, which cannot be moved to another base.
+# Schedules whose rate is part of their saved state, so that a new learning rate cannot be applied.
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """The training checkpoint to resume from: the one named, or, for true, the last in `output_dir`; None for none.
+    """The training checkpoint to resume from: the one named or, for true, the last in `output_dir`; None to start anew.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such checkpoint.
     """
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
         return None
-    if str(resume_from_checkpoint).lower() == "true":  # as text from the command line, as a bool from a recipe
+    if str(resume_from_checkpoint).lower() == "true":  # a string from the command line, a bool from a recipe
         found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         if found is None:
             raise FileNotFoundError(
@@ -80,13 +80,13 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
 
 
 def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
-    """Compares the names and shapes of a training checkpoint's weights with the model's; reads headers alone.
+    """Compares names and shapes of a training checkpoint's weights with the model's; reads only file headers.
 
-    Weights in shards, in a checkpoint of FSDP or a model of ZeRO-3, are not looked into.
+    Sharded weights (a checkpoint of FSDP, a model under ZeRO-3) are not compared.
 
     Raises:
-        ValueError: the checkpoint is of another base, of another adapter, or of an adapter where all weights are
-            trained, or the other way round.
+        ValueError: the checkpoint has another base or adapter, or holds an adapter while this run trains all weights,
+            or the reverse.
     """
     adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -131,13 +131,13 @@ def check_lora(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
 
 
 class RunRecord:
-    """The settings that a run has had, and from which step on; kept in each of its checkpoints.
+    """The settings of a run and the steps from which they applied; saved in each of its checkpoints.
 
     Args:
-        settings: those of `APPLIED` and `REFUSED` now, name -> value.
+        settings: today's values of the settings in `APPLIED` and `REFUSED`.
         base: `digest_weights` of the model that training starts from; None: not compared.
-        data: what the triplets were made of (`nvembed.train.data.prepared.read_provenance`); None: not compared.
-        periods: (first step, settings) of the checkpoint that is resumed, in their order; empty at the start.
+        data: what the triplets were made from (`nvembed.train.data.prepared.read_provenance`); None: not compared.
+        periods: (first step, settings) pairs of the checkpoint being resumed, in order; empty for a new run.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class RunRecord:
         (checkpoint / SETTINGS_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     def history(self, name: str) -> list[tuple[int, object]]:
-        """The values of one setting, each with its first step; one alone if it never changed."""
+        """The values of a setting, each with its first step; a single one if it never changed."""
         values: list[tuple[int, object]] = []
         for step, settings in self.periods:
             value = settings.get(name, NOT_RECORDED)
@@ -166,15 +166,15 @@ class RunRecord:
 
 
 def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: bool = False) -> RunRecord:
-    """The record of the run that is resumed, with the settings from here on; changes are logged.
+    """The record of the run being resumed, extended by today's settings; logs what changes.
 
     Args:
-        now: of a run that would begin with today's settings.
-        steps: of the whole run, by today's settings.
+        now: record of a new run with today's settings.
+        steps: length of the whole run with today's settings.
 
     Raises:
-        ValueError: a setting that may not change has changed, or the data, or the base's weights; the run was longer
-            already.
+        ValueError: the data, the base's weights or a setting that may not change has changed, or the checkpoint is
+            past the end of this run.
     """
     settings = now.periods[-1][1]
     step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
@@ -221,9 +221,9 @@ def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: boo
 
 
 def digest_weights(model: nn.Module) -> str | None:
-    """A digest of each weight's name, shape and first numbers: enough to tell trained models of one shape apart.
+    """A digest of each weight's name, shape and first numbers, enough to tell trained models of one shape apart.
 
-    None where the weights are sharded or not there, and cannot be read.
+    None if the weights are sharded or on the meta device, so that they cannot be read.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -235,10 +235,10 @@ def digest_weights(model: nn.Module) -> str | None:
 
 
 class FreshSettings:
-    """The settings of an optimizer and its schedule, to be given back to them after their states were loaded.
+    """Remembers the settings of an optimizer and its schedule and restores them after their states were loaded.
 
-    Optimizers and schedules restore learning rate, weight decay and the like with their states, so that what a user
-    asked for at the resume would have no effect.
+    Optimizers and schedules load learning rate, weight decay and the like with their states, which would override what
+    the user asks for at the resume.
     """
 
     def __init__(self, optimizer: Optimizer, scheduler):

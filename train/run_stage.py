@@ -1,4 +1,4 @@
-"""What both stages do: read the recipe, prepare model and data, train, save, push."""
+"""What the two stages share: read the recipe, prepare model and data, train, save, push."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +35,12 @@ logger = get_logger(__name__)
 
 
 def main(stage: type[StageArguments]) -> None:
-    """Runs a stage with the settings of the command line and of the recipe that it names."""
+    """Runs a stage with the settings from the command line and from the recipe named there."""
     run_stage(*RecipeParser(ModelArguments, DataArguments, stage).parse_args_and_config())
 
 
 def run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
-    """Trains one stage and writes its merged checkpoint to `output_dir`; everything that can fail early does."""
+    """Trains one stage and writes its merged checkpoint to `output_dir`; what can fail early fails before training."""
     limit_primitive_cache()
     check_output_dir(training_args.output_dir)
     check_negatives(data_args, training_args)
@@ -94,14 +94,14 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
 def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:
     """The triplets of the whole run, blended, from tables in `output_dir`/triplets that the main process writes.
 
-    They are made once: a restart with the same settings and files reads them again. Mining can outlast the patience
-    of the other processes: raise `ddp_timeout`, or mine beforehand.
+    They are made once: a restart with the same settings and files reads them again. Mining can take longer than the
+    other processes wait: raise `ddp_timeout`, or mine beforehand.
 
     Raises:
         FileNotFoundError: `output_dir` is not on a disk that this process's machine shares with the main process's.
         TimeoutError: the main process took longer than `ddp_timeout`.
-        ValueError: as `write_tables` and `check_sources`; fewer triplets than one update takes; a set without
-            negatives where rows get them from nowhere else.
+        ValueError: as `write_tables` and `check_sources`; there are fewer triplets than one update takes; a data set
+            has no negatives and its rows get none from their batch.
     """
     sources = check_sources(data_args.datasets)
     folder, seed = training_args.triplets_dir, training_args.order_seed
@@ -120,7 +120,7 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
 
 @contextmanager
 def after_main_process(training_args: StageArguments) -> Iterator[None]:
-    """Runs the body on the main process first, then on the others, which say so when they have waited too long."""
+    """Runs the body on the main process first, then on the others, which raise once they have waited too long."""
     advice = (
         f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for the triplets, and the run ends if "
         "reading and mining take longer: raise --ddp_timeout then, or mine beforehand (train/data/mine_negatives.py)."

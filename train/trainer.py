@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for triplets: contrastive loss, local tasks as its evaluation, tokens/s in its log."""
+"""`transformers.Trainer` for triplets: contrastive loss, evaluation on local tasks, tokens/s in the log."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ PARTIAL_CHECKPOINT = ".partial-checkpoint"
 
 
 class CurrentIntervals(TrainerCallback):
-    """Logs, saves and measures as often as this run asks, not as the run did whose state a resume loads."""
+    """Logs, saves and evaluates at the intervals of this run, not at those in the trainer state that a resume loads."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         state.compute_steps(args, state.max_steps)
@@ -45,12 +45,13 @@ class EmbeddingTrainer(Trainer):
     """Trains on batches of `TripletCollator`; `eval_dataset` is a list of local tasks (`nvembed.eval.tasks.local`).
 
     Args:
-        eval_max_length: tokens of a text of these tasks with its instruction.
-        record: the run's settings, written into its checkpoints; None: none are.
+        eval_max_length: tokens of a text of these tasks, its instruction included.
+        record: the run's settings, written into its checkpoints; None: nothing is written.
 
     Raises:
-        ValueError: fewer triplets than one batch of all processes holds; an evaluation set that no `eval_steps` uses;
-            a bf16 decoder without bf16 training; a quantized one that would be split over processes.
+        ValueError: there are fewer triplets than one batch of all processes holds; an evaluation set is given without
+            `eval_steps`; the decoder is bf16 and the training is not; a quantized decoder would be split over
+            processes.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class EmbeddingTrainer(Trainer):
         if isinstance(train_dataset, Blend):
             args = copy(args)
             args.num_train_epochs = 1.0  # a blend holds the whole run, all its epochs
-        if eval_dataset is not None:  # first, so that other callbacks see its metrics
+        if eval_dataset is not None:  # first, so that later callbacks see its metrics
             callbacks = [LocalTasksCallback(eval_dataset, eval_max_length), *(callbacks or ())]
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs
@@ -84,7 +85,7 @@ class EmbeddingTrainer(Trainer):
         self._bad_batch = Path(self.args.output_dir, BAD_BATCH.format(self.args.process_index))
 
     def _check_settings(self) -> None:
-        """Raises the errors that the class names."""
+        """Raises the `ValueError`s listed for the class."""
         if self.train_dataset is not None:
             self.args.check_fills_update(len(self.train_dataset))
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
@@ -111,29 +112,29 @@ class EmbeddingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, Blend):  # in random order already, and in one that does not depend on the processes
+        if isinstance(dataset, Blend):  # already shuffled, in an order independent of the processes
             return SequentialSampler(dataset)
         return super()._get_train_sampler(train_dataset)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Writes `checkpoint-<step>` beside its place and renames it: one that is there is whole."""
+        """Writes `checkpoint-<step>` under another name and renames it, so that it is never half-written."""
         folder = Path(self.args.output_dir)
         unfinished = folder / PARTIAL_CHECKPOINT
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_world_process_zero():
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run killed while writing
         self.accelerator.wait_for_everyone()
         try:
             self._checkpoint_folder = str(unfinished)
             super()._save_checkpoint(model, trial)
             best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.name == name or best.is_dir():  # by the name that it will have, wherever the run was begun
+            if best.name == name or best.is_dir():  # its final name, whichever folder the run began in
                 self.state.best_model_checkpoint = str(best)
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
             if self._record is not None and self.is_world_process_zero():
                 self._record.save(unfinished / name)
-        except Exception as error:  # an OSError, or what safetensors and torch make of one
+        except Exception as error:  # an OSError, or what safetensors and torch turn it into
             if shutil.disk_usage(folder).free > 2**20 and getattr(error, "errno", None) != errno.ENOSPC:
                 raise
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -182,10 +183,10 @@ class EmbeddingTrainer(Trainer):
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Main scores of the held-out tasks, which `LocalTasksCallback` measures; every process has them.
+        """Main scores of the held-out tasks, measured by `LocalTasksCallback`; every process gets them.
 
         Raises:
-            ValueError: the trainer was made without tasks, or others than those are asked for.
+            ValueError: the trainer was created without tasks, or `eval_dataset` is another set of tasks.
         """
         if self.eval_dataset is None or (eval_dataset is not None and eval_dataset is not self.eval_dataset):
             raise ValueError(
@@ -196,21 +197,21 @@ class EmbeddingTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": score for key, score in metrics.items()}
         self.log(metrics)
-        self._window.leave_out(time.perf_counter() - start)  # tokens/s counts training alone
+        self._window.leave_out(time.perf_counter() - start)  # tokens/s is of training alone
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._window.close()
-        elif "train_loss" in logs:  # the end: what came after the last log
+        elif "train_loss" in logs:  # the end of training: drops the batches since the last log
             self._window.close()
         super().log(logs, start_time)
 
     def save_merged(self, write_card: Callable[[Path, bool], None] | None = None) -> None:
-        """Writes the merged checkpoint to `output_dir`, on the main process, and with `push_adapter` the adapter, too.
+        """Writes the merged checkpoint to `output_dir` on the main process and, with `push_adapter`, the adapter, too.
 
         Args:
-            write_card: (folder, whether it holds the adapter alone) adds a model card to the folder; None: no cards.
+            write_card: called as `write_card(folder, is_adapter)` to write a model card; None: no cards.
         """
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Merging into {self.args.output_dir}")
@@ -221,7 +222,7 @@ class EmbeddingTrainer(Trainer):
         if self.is_world_process_zero():
             if self.args.push_adapter:
                 folder = Path(self.args.output_dir, ADAPTER)
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+                shutil.rmtree(folder, ignore_errors=True)  # left by a run killed here
                 write_adapter(model, folder)
                 add_card(folder, write_card and partial(write_card, is_adapter=True))
             card = write_card and partial(write_card, is_adapter=False)

@@ -6,7 +6,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
-from nvembed.train.data.source import DatasetSource, as_source, check_sources, read_rows
+from nvembed.train.data.source import DatasetSource, as_source, check_exists, check_sources
 
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -47,7 +47,7 @@ def test_recipe_and_command_line(tmp_path):
 def test_paths_of_data_start_at_the_recipe(tmp_path, monkeypatch):
     """A local file or folder beside the recipe, else a Hub name; on the command line, the working directory."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "here" / "org" / "set").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     text = "output_dir: {out}\nmodel_name_or_path: base\neval_tasks: t.yaml\n"
     text += "datasets: [a, org/set, ../x, {{path: sub/t.csv}}]\n"
@@ -58,7 +58,10 @@ def test_paths_of_data_start_at_the_recipe(tmp_path, monkeypatch):
     assert model_args.model_name_or_path == "base"
     assert parse(tmp_path, text, "--datasets", "a", "--eval_tasks", "t.yaml")[1].datasets[0].path == "a"
     with pytest.raises(ValueError, match="x does not exist; a recipe's relative paths start at the recipe's folder"):
-        next(read_rows(data_args.datasets[2]))
+        check_exists(data_args.datasets[2])
+    (tmp_path / "here" / "org" / "set").mkdir(parents=True)
+    with pytest.raises(ValueError, match="'org/set' is in the working directory, .* start: write here/org/set"):
+        parse(tmp_path, text)
 
 
 def test_recipes_name_models_and_outputs_by_the_working_directory():
@@ -83,6 +86,8 @@ def test_recipes_are_known_by_name(tmp_path, monkeypatch):
     assert training_args.learning_rate == 5e-4
     assert len(data_args.datasets) == 8
     parser = RecipeParser(ModelArguments, DataArguments, Stage1Arguments)
+    with pytest.raises(ValueError, match="--config is there twice"):
+        parser.parse_args_and_config(["--config", "smollm2", "--config=finetune"])
     with pytest.raises(ValueError, match="--config smollm is neither a file nor .* recipe; the recipes are finetune, "):
         parser.parse_args_and_config(["--config", "smollm"])
 

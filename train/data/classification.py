@@ -69,17 +69,20 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
     """Pairs of a text and its label's words.
 
     Raises:
-        ValueError: all texts are of one class, or labels are numbers.
+        ValueError: all texts are of one class, or a label is a number or has no words.
     """
     rows = _read(source)
     labels = sorted({label for _, label in rows})
     _check_labels(source, labels)
     if all(label.isdigit() for label in labels):
         raise ValueError(f"{source.path}: labels are the numbers {labels[:5]}; label_classification needs their words")
+    if blank := [label for label in labels if not _words(label)]:
+        raise ValueError(f"{source.path}: label {blank[0]!r} has no words; label_classification needs some")
+    names = sorted({_words(label) for label in labels})  # two labels may be the same in words
     rng = random.Random(seed)
     pairs = []
     for text, label in sample(rows, source.samples, seed):
-        others = [_words(other) for other in labels if other != label]
+        others = [name for name in names if name != _words(label)]
         negatives = rng.sample(others, min(num_negatives, len(others)))
         pairs.append({"query": text, "positive": _words(label), "negatives": negatives})
     return Pairs(pairs)
@@ -93,7 +96,7 @@ def _label(row: dict, name: str) -> str:
     label = row.get("label_text", row["label"])  # MTEB's tables on the Hub have the words in `label_text`
     if not isinstance(label, (str, int, bool)):
         raise ValueError(f'{name}: "label" is {label!r}; it must be a string or a number')
-    if label == "":
+    if isinstance(label, str) and not label.strip():
         raise ValueError(f'{name}: "label" is empty; every text needs a label')
     return tables.text_of({"label": str(label)}, "label", name)
 

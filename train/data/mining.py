@@ -14,9 +14,9 @@ from nvembed.train.data.teachers import BM25, Teacher
 logger = get_logger(__name__)
 
 MAX_RATIO = 0.95  # TopK-PercPos: a negative scores below this share of its positive's score
-SEARCHED = 100  # documents to rank for a query at first; ten times as many each time that they do not suffice
+SEARCHED = 100  # documents ranked for a query at first; ten times as many whenever those are not enough
 BLOCK = 256  # pairs ranked at a time
-RANKS = 2_000_000  # held at a time: queries times the documents ranked for each
+RANKS = 2_000_000  # held in memory at a time: queries times documents ranked for each
 
 
 def mine_negatives(
@@ -25,19 +25,25 @@ def mine_negatives(
     seed: int = 0,
     make_teacher: Callable[[Sequence[str]], Teacher] = BM25,
     max_ratio: float = MAX_RATIO,
+    name: str = "the data",
 ) -> Iterator[dict]:
     """Yields each pair with the `num_negatives` best documents that score below `max_ratio` times its positive.
 
-    The query itself and every positive of the same query are never negatives. Where the teacher tells no more
-    documents apart, the rest are drawn at random from those that score low enough. A corpus with too few documents
-    gives fewer negatives. Pairs without a corpus have their negatives already and pass unchanged.
+    The query itself and every positive of the same query are never negatives. Where the teacher
+    cannot rank any more documents, the rest are drawn at random from those that score low enough. A corpus with too
+    few documents gives fewer negatives. Pairs without a corpus have their negatives already and pass unchanged.
 
     Args:
         pairs: see `Pairs`; texts of the corpus that hold only white space are ignored.
-        make_teacher: makes what ranks, from the distinct texts of the corpus and the positives.
+        make_teacher: makes the teacher, from the distinct texts of the corpus and the positives.
+        max_ratio: largest score of a negative, as a share of its positive's score.
+        name: how a warning or error calls the data.
 
     Yields:
         The pairs with `negatives`, hardest first, and without `known_positives`.
+
+    Raises:
+        ValueError: a positive holds only white space.
     """
     if pairs.corpus is None:
         yield from pairs.pairs
@@ -48,6 +54,8 @@ def mine_negatives(
         return
     positives: dict[str, set[str]] = {}
     for row in rows:
+        if not row["positive"].strip():
+            raise ValueError(f"{name}: the positive of {row['query']!r} holds only white space; drop the pair")
         positives.setdefault(row["query"], set()).update({row["positive"], *row.get("known_positives", ())})
     texts = (text for source in (pairs.corpus, (row["positive"] for row in rows)) for text in source)
     corpus = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -61,8 +69,8 @@ def mine_negatives(
             progress.update(len(block))
     if miner.unranked:
         logger.warning(
-            f"{miner.unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word with "
-            "it): it cannot be ranked for them, and their negatives are drawn at random"
+            f"{name}: {miner.unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word "
+            "with it), so their negatives are drawn at random"
         )
 
 
@@ -71,10 +79,10 @@ def _without_known(pair: dict) -> dict:
 
 
 class Miner:
-    """Chooses negatives among the ranks that a teacher gives.
+    """Chooses negatives from a teacher's ranking.
 
     Attributes:
-        unranked: queries so far for which the teacher ranked no document.
+        unranked: number of queries so far for which the teacher ranked no document.
     """
 
     def __init__(self, teacher: Teacher, corpus: Sequence[str], num_negatives: int, max_ratio: float, seed: int):
@@ -87,7 +95,7 @@ class Miner:
         """The negatives of each pair, hardest first, none of them among the pair's `excluded` texts."""
         queries = [pair["query"] for pair in pairs]
         bounds = self.teacher.pair_scores(queries, [pair["positive"] for pair in pairs])
-        # A positive that scores 0 has no share to stay below: documents that score no more than it does may serve.
+        # 95 % of a score of 0 or less is not below it; there, documents may score up to as much as the positive.
         limits = [self.max_ratio * bound if bound > 0 else np.nextafter(bound, np.inf) for bound in bounds]
         ranked: list[list[str]] = [[] for _ in pairs]
         unfinished, k = list(range(len(pairs))), SEARCHED
@@ -102,7 +110,7 @@ class Miner:
                     eligible = row_positions[(row_scores < limits[i]) & (row_positions >= 0)]
                     texts = (self.corpus[position] for position in eligible)
                     ranked[i] = list(islice((t for t in texts if t not in excluded[i]), self.num_negatives))
-                    # Of a positive that scores exactly 0 the teacher knows nothing, and of its negatives no more.
+                    # Below a positive that scores exactly 0 nothing is ranked, however deep the search.
                     is_exhausted = row_positions[-1] < 0 or bounds[i] == 0 or len(row_positions) < k
                     if len(ranked[i]) < self.num_negatives and not is_exhausted:
                         deeper.append(i)
@@ -110,11 +118,11 @@ class Miner:
         return [self._fill(queries[i], ranked[i], limits[i], excluded[i]) for i in range(len(pairs))]
 
     def _fill(self, query: str, ranked: list[str], limit: float, excluded: set[str]) -> list[str]:
-        """Adds random documents that score below `limit`, as many as are missing, or as there are."""
+        """Adds random documents that score below `limit` until there are `num_negatives`, or no more documents."""
         chosen = dict.fromkeys(ranked)
         draws = 4 * self.num_negatives
         while len(chosen) < self.num_negatives:
-            # All of a small corpus at once; of a large one ever more, since few of its documents are excluded.
+            # A small corpus is drawn whole; from a large one a few draws are usually enough.
             everything = draws >= len(self.corpus)
             drawn = self.rng.choice(len(self.corpus), min(draws, len(self.corpus)), replace=False)
             texts = [text for text in map(self.corpus.__getitem__, drawn) if text not in excluded]

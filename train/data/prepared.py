@@ -1,4 +1,4 @@
-"""Triplets on disk, one Arrow file a source, with a record of what they were made of."""
+"""Triplets on disk, one Arrow file per source, with a record of what they were made from."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ from transformers.utils.logging import get_logger
 from nvembed.eval.files import sha256, whole
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.mining import mine_negatives
-from nvembed.train.data.source import DatasetSource, find_file, is_beir
+from nvembed.train.data.source import DatasetSource, check_exists, find_file, is_beir
 
 
 logger = get_logger(__name__)
@@ -50,12 +50,13 @@ def iterate_triplets(
     Raises:
         ValueError: the source gives none, or a triplet has no instruction from anywhere.
     """
+    check_exists(source)
     kind = KINDS[kind_of(source)]
     usual = {"dataset": source.name, "instruction": instruction, "symmetric": kind.symmetric}
     asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
     asked = {column: value for column, value in asked.items() if value is not None}
     rows = ragged = missing = 0
-    for record in mine_negatives(kind.load(source, num_negatives, seed), num_negatives, seed):
+    for record in mine_negatives(kind.load(source, num_negatives, seed), num_negatives, seed, name=source.path):
         triplet = {**usual, **record, **asked}
         if triplet["instruction"] is None:
             raise ValueError(
@@ -87,14 +88,17 @@ def write_tables(
     instruction: str | None,
     checkpoints: Sequence[Path] = (),
 ) -> None:
-    """Writes one Arrow file a source into `folder`, unless it holds tables made of the same data and settings.
+    """Writes one Arrow file per source into `folder`, unless its tables were made from the same data and settings.
 
     Args:
-        checkpoints: those that were trained on the tables in `folder`, last one last; they keep their tables.
+        checkpoints: the training checkpoints made with the tables in `folder`, in order; with any, the tables are not
+            replaced.
 
     Raises:
-        ValueError: as `iterate_triplets`; there are checkpoints, and their tables were made of something else.
+        ValueError: as `iterate_triplets`; there are checkpoints, and their tables were made from something else.
     """
+    for source in sources:  # before any of them is mined
+        check_exists(source)
     settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
     made_of = settings | {"datasets": [provenance(source) for source in sources]}
     before = read_provenance(folder)
@@ -147,7 +151,7 @@ def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]
     """The tables of `write_tables`, memory-mapped.
 
     Raises:
-        FileNotFoundError: the main process wrote them to a disk of its own.
+        FileNotFoundError: a table is not on this machine's disk.
     """
     tables = []
     for index in range(len(sources)):
@@ -176,13 +180,13 @@ def check_have_negatives(tables: Sequence[Dataset], sources: Sequence[DatasetSou
 
 
 def read_provenance(folder: Path) -> dict | None:
-    """The settings, sources and digests that the tables in `folder` were made of; None without tables."""
+    """The settings, sources and digests that the tables in `folder` were made from; None without tables."""
     file = folder / MADE_OF
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def provenance(source: DatasetSource) -> dict:
-    """What a source's table is made of: its entry, and the SHA-256 of each local file, wherever that lies."""
+    """What a source's table is made from: its entry and the SHA-256 of each local file, but not the files' location."""
     if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
         files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
     else:

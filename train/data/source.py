@@ -1,4 +1,4 @@
-"""One entry of a recipe's `datasets:`, its rows, and the pairs that a family makes of them."""
+"""One entry of a recipe's `datasets:`, its rows, and the pairs that a family makes from them."""
 
 import math
 import os
@@ -26,11 +26,11 @@ class DatasetSource:
 
     Args:
         path: a local file (JSONL, CSV, Parquet), a local folder, or a Hub dataset.
-        kind: how rows become triplets, a key of `nvembed.train.data.kinds.KINDS`; None: inferred from the layout.
+        kind: how rows become triplets, a key of `nvembed.train.data.kinds.KINDS`; None: inferred from the columns.
         split: the split to read.
-        instruction: the task definition, without "Instruct:", for every query. "" is none, None: not given.
+        instruction: the task definition for every query, without "Instruct:". "": no instruction; None: not given here.
         symmetric: whether the instruction also goes on positives and negatives; None: the kind's default.
-        samples: draw at most this many, always the same ones for a seed; None: all.
+        samples: draw at most this many, the same ones for a given seed; None: all.
         weight: the set's share of the blend, relative to the other sets'; None for all sets: by number of triplets.
         name: what logs call it; None: the last part of `path`.
 
@@ -75,12 +75,11 @@ FIELD_TYPES = {
 
 
 class Pairs(NamedTuple):
-    """What a family makes of a source.
+    """What a family makes from a source.
 
     Args:
-        pairs: dictionaries of `query` and `positive`, which can be iterated once. Beside them `negatives` where
-            `corpus` is None, `known_positives` (all relevant texts of the query) where it is not, and any further
-            column of a triplet that the rows have.
+        pairs: dictionaries with `query` and `positive`, iterable once. They also have `negatives` if `corpus` is None,
+            else `known_positives` (all relevant texts of the query), and any other triplet column of the rows.
         corpus: the texts to mine negatives from; None: the pairs carry their negatives already.
     """
 
@@ -109,7 +108,14 @@ def as_source(entry: DatasetSource | dict | str) -> DatasetSource:
 
 
 def resolve_entry(entry, folder: Path):
-    """An entry of a YAML file in `folder`: a relative path that exists there, else a Hub name if it looks like one."""
+    """Resolves the path of an entry against the folder of its YAML file.
+
+    A relative path that exists in the folder is read from there. One that does not, and that could be a Hub name, is
+    taken for one.
+
+    Raises:
+        ValueError: a path that could be a Hub name exists in the working directory, but not in the folder.
+    """
     if isinstance(entry, str):
         return resolve_path(entry, folder)
     if isinstance(entry, dict) and isinstance(entry.get("path"), str):
@@ -123,7 +129,14 @@ def resolve_path(path: str, folder: Path) -> str:
     # Not `resolve`: a link's own name has the suffix, and names the set.
     found = Path(os.path.abspath(folder / Path(path).expanduser()))
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and found.suffix not in TABLE_SUFFIXES
-    return path if is_hub_name and not found.exists() else str(found)
+    if found.exists() or not is_hub_name:
+        return str(found)
+    if Path(path).exists():  # `datasets` would read it instead of the Hub
+        raise ValueError(
+            f"datasets: {path!r} is in the working directory, not in the recipe's folder {folder}, where a recipe's "
+            f"relative paths start: write {os.path.relpath(path, folder)}"
+        )
+    return path
 
 
 def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
@@ -143,6 +156,15 @@ def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
     return sources
 
 
+def check_exists(source: DatasetSource) -> None:
+    """Raises a `ValueError` if `path` is not there and cannot be a Hub name either."""
+    if not Path(source.path).exists() and (Path(source.path).is_absolute() or source.path.endswith(TABLE_SUFFIXES)):
+        raise ValueError(
+            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder. For recipes "
+            "shipped with nvembed, the comment at the top says where to get the data."
+        )
+
+
 # --- Rows
 
 
@@ -152,11 +174,6 @@ def read_rows(source: DatasetSource, required: tuple[str, ...] = ()) -> Iterator
     Raises:
         ValueError: nothing is found at the path, or a row lacks a required column.
     """
-    if not Path(source.path).exists() and (Path(source.path).is_absolute() or source.path.endswith(TABLE_SUFFIXES)):
-        raise ValueError(
-            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder. For recipes "
-            "shipped with nvembed, the comment at the top says where to get the data."
-        )
     file = find_file(source)
     if file is not None:
         yield from tables.read_table(file, required)
@@ -165,7 +182,7 @@ def read_rows(source: DatasetSource, required: tuple[str, ...] = ()) -> Iterator
         table = load_dataset(source.path, split=source.split)
     except Exception as error:
         raise ValueError(
-            f"{source.path!r} is neither a local file or folder nor a dataset that the Hub gives: {error}"
+            f"{source.path!r} is neither a local file or folder nor a dataset found on the Hub: {error}"
         ) from error
     yield from tables.named_rows(table, f"{source.path}[{source.split}]", required)
 
@@ -202,7 +219,7 @@ def is_beir(source: DatasetSource) -> bool:
 
 
 def sample(items: list[T], samples: int | None, seed: int) -> list[T]:
-    """At most `samples` items in their order, drawn at random but always the same ones for a seed."""
+    """At most `samples` items, drawn at random, in their original order; the same ones for a given seed."""
     if samples is None or samples >= len(items):
         return items
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), samples))]
@@ -212,7 +229,7 @@ def text_of(row: dict, column: str, name: str) -> str:
     """A text column of a row.
 
     Raises:
-        ValueError: it is no string, or empty; the row is named.
+        ValueError: it is not a string, or is empty; the error names the row.
     """
     value = tables.text_of(row, column, name)
     if not value.strip():

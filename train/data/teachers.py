@@ -1,4 +1,4 @@
-"""Who ranks a corpus for mining: BM25 here, an embedding model behind the same two calls later."""
+"""Teachers rank a corpus for mining: BM25 here, an embedding model behind the same two calls later."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from bm25s.tokenization import Tokenized, Tokenizer
 
 
 class Teacher(Protocol):
-    """Ranks the corpus that it was made over."""
+    """Ranks the documents of the corpus it was built on."""
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents closest to each query.
+        """The `k` best documents for each query.
 
         Returns:
-            Scores, fp32, and positions in the corpus, int64, both `[queries, min(k, documents)]`, best first. The
-            position is -1 where the teacher cannot tell the remaining documents apart.
+            Scores (fp32) and positions in the corpus (int64), both `[queries, min(k, documents)]`, best first. The
+            position is -1 where the teacher cannot rank the remaining documents.
         """
 
     def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
@@ -43,7 +43,7 @@ class BM25:
         self.positions = {text: position for position, text in enumerate(corpus)}
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Teacher.search`; documents that share no word with the query are not told apart."""
+        """As `Teacher.search`; documents that share no word with the query are not ranked."""
         k = min(k, self.documents)
         scores = np.zeros((len(queries), k), dtype=np.float32)
         positions = np.full((len(queries), k), -1, dtype=np.int64)
@@ -57,7 +57,7 @@ class BM25:
 
     def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
         scores = np.zeros(len(queries), dtype=np.float32)
-        distinct = list(dict.fromkeys(queries))  # one query may come with many documents
+        distinct = list(dict.fromkeys(queries))  # one query is often scored with many documents
         words = dict(zip(distinct, self._words(distinct)))
         for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
             for word in words[query]:
@@ -65,11 +65,11 @@ class BM25:
         return scores
 
     def _words(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of the words that the corpus has; a text of others has none."""
+        """Ids of each text's words, without those that the corpus lacks."""
         return self.tokenizer.tokenize(texts, update_vocab="never", show_progress=False, allow_empty=False)
 
     def _word_score(self, word: int, position: int) -> np.float32:
-        """What a word adds to a document's score: an entry of the index, whose columns are words."""
+        """A word's share of a document's score: one entry of the sparse index, whose columns are words."""
         start, end = self.index.scores["indptr"][word : word + 2]
         place = start + np.searchsorted(self.index.scores["indices"][start:end], position)
         holds = place < end and self.index.scores["indices"][place] == position

@@ -125,7 +125,12 @@ def test_bm25_ranks_scripts_without_spaces(caplog):
         assert triplet["negatives"] == [positive]
     mine([pair, {"query": "zebra", "positive": positive}], [positive], 1)
     (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "1 of 2 queries match no document of the corpus" in message
+    assert "the data: 1 of 2 queries match no document of the corpus" in message
+
+
+def test_a_blank_positive_is_an_error():
+    with pytest.raises(ValueError, match="here: the positive of 'q' holds only white space"):
+        mine([{"query": "q", "positive": " "}], ["a"], 1, name="here")
 
 
 def test_missing_negatives_are_drawn_without_repetition():

@@ -170,6 +170,20 @@ def test_labels_that_are_numbers_have_no_words(tmp_path):
     assert len(prepare([DatasetSource(path, "classification")], 1)) == 4
 
 
+def test_labels_alike_in_words_are_no_negatives_of_each_other(tmp_path):
+    labels = ["lost_card", "lost card", "top up", "top up "]
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": f"t{i}", "label": labels[i]} for i in range(4)])
+    triplets = prepare([DatasetSource(path, "label_classification")], 3)
+    pairs = {"lost card": ["top up"], "top up": ["lost card"]}
+    assert [pairs[positive] for positive in triplets["positive"]] == triplets["negatives"][:]
+    path = write_jsonl(tmp_path / "u.jsonl", [{"text": "t", "label": "_"}, {"text": "u", "label": "x"}])
+    with pytest.raises(ValueError, match="label '_' has no words"):
+        prepare([DatasetSource(path, "label_classification")], 1)
+    path = write_jsonl(tmp_path / "v.jsonl", [{"text": "t", "label": " "}, {"text": "u", "label": "x"}])
+    with pytest.raises(ValueError, match='v.jsonl:1: "label" is empty'):
+        prepare([DatasetSource(path, "classification")], 1)
+
+
 def test_label_text_outranks_the_number(tmp_path):
     rows = [{"text": f"t{i}", "label": i % 2, "label_text": ["no_way", "yes"][i % 2]} for i in range(4)]
     path = write_jsonl(tmp_path / "t.jsonl", rows)
@@ -243,7 +257,9 @@ def test_bad_sources_are_named(tmp_path, beir):
         prepare([DatasetSource(str(beir), split="dev")], 1)
     with pytest.raises(ValueError, match="absent does not exist; a recipe's relative paths start at the recipe"):
         prepare([DatasetSource(str(tmp_path / "absent"))], 1)
-    with pytest.raises(ValueError, match="neither a local file or folder nor a dataset that the Hub gives"):
+    with pytest.raises(ValueError, match="absent does not exist; a recipe's relative paths start at the recipe"):
+        prepare([DatasetSource(str(tmp_path / "absent"), "retrieval")], 1)
+    with pytest.raises(ValueError, match="neither a local file or folder nor a dataset found on the Hub"):
         prepare([DatasetSource("org/absent")], 1)
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t", "label": "only"}] * 3)
     with pytest.raises(ValueError, match=r"one label only, \['only'\]"):
