@@ -300,13 +300,14 @@ class PackedLayout:
             options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])
             return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
         k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
-        out, start = [], 0
-        for length, run in groupby(self.lengths):
-            texts = sum(1 for _ in run)
-            rows = (x.narrow(0, start, texts * length).unflatten(0, (texts, length)).transpose(1, 2) for x in (q, k, v))
+        runs = [(sum(1 for _ in run), length) for length, run in groupby(self.lengths)]
+        # One split, not a slice for each run, whose gradient would be as large as all tokens.
+        parts = (x.split([texts * length for texts, length in runs]) for x in (q, k, v))
+        out = []
+        for run, *rows in zip(runs, *parts):
+            rows = (x.unflatten(0, run).transpose(1, 2) for x in rows)
             attended = F.scaled_dot_product_attention(*rows, None, dropout, is_causal)
             out.append(attended.transpose(1, 2).flatten(0, 1))
-            start += texts * length
         return torch.cat(out)
 
     def _ends(self, device: torch.device) -> Tensor:

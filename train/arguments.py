@@ -77,9 +77,9 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"--config {name} is neither a file nor the name of a recipe; the recipes are {known}")
 
 
-# Options of `TrainingArguments` that the contrastive loss and the blended data leave no place for, with the values that
-# ask for nothing; others are refused, not ignored.
-IGNORED = {
+# Options of `TrainingArguments` that cannot apply to the contrastive loss and the blended data, with the values that do
+# nothing; other values are refused.
+UNSUPPORTED = {
     "label_smoothing_factor": (0,),
     "neftune_noise_alpha": (None, 0),
     "train_sampling_strategy": ("random",),
@@ -199,7 +199,7 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
             )
-        for name, without_effect in IGNORED.items():
+        for name, without_effect in UNSUPPORTED.items():
             value = getattr(self, name)
             if getattr(value, "value", value) not in without_effect:
                 raise ValueError(f"{name} is {value!r}, which this training cannot do; leave it out")

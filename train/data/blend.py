@@ -1,4 +1,4 @@
-"""One stream from many data sets: every batch mixes them in the same shares (paper section 3.3)."""
+"""One order for the triplets of many data sets, so that every batch mixes them in the same shares (section 3.3)."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,8 @@
 """Training data that every user has: the documentation in their own Python.
 
 Docstrings are read from source files, without importing them. The first sentence is the query, the rest the document,
-the module the class. Held-out modules of the standard library are the test set.
+the module the class. Held-out modules of the standard library are the test set; others are set aside to choose settings
+on.
 """
 
 import ast
@@ -21,7 +22,9 @@ from tqdm import tqdm
 
 SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip", "__pycache__"}
 MAX_DOCUMENT = 1000  # characters
-HELD_OUT_PERCENT = 15  # of the standard library's modules
+# Shares of the standard library's modules, in percent.
+TEST = range(15)
+VALIDATION = range(15, 35)
 MIN_CLASS_SIZE = 5  # texts of a module that makes a class
 
 
@@ -64,24 +67,28 @@ def installed_packages(max_per_package: int = 100) -> list[DocPair]:
     return _unique(pairs)
 
 
-def is_held_out(module: str) -> bool:
-    """A fixed share of the standard library's top-level modules, chosen by their names alone."""
-    return _hash(module) % 100 < HELD_OUT_PERCENT
+def is_in(module: str, share: range) -> bool:
+    """Whether a top-level module of the standard library belongs to a share; its name alone decides."""
+    return _hash(module) % 100 in share
 
 
-def write_datasets(folder: Path, max_per_package: int = 100) -> dict[str, int]:
+def write_datasets(folder: Path, validate: bool = False, max_per_package: int = 100) -> dict[str, int]:
     """Writes three retrieval sets in BEIR layout, and their modules as classes (`text`, `label`).
 
     `library` and `packages` are for training (split `train`), `held_out` for testing (split `test`); `modules/` has
     one file for each. A training text that is also a held-out one is left out.
 
+    Args:
+        validate: hold out the modules of `VALIDATION`, and leave those of `TEST` out of all sets.
+
     Returns:
         The number of pairs of each set.
     """
-    library = standard_library()
-    held_out = [pair for pair in library if is_held_out(pair.module)]
+    library = [pair for pair in standard_library() if not (validate and is_in(pair.module, TEST))]
+    share = VALIDATION if validate else TEST
+    held_out = [pair for pair in library if is_in(pair.module, share)]
     seen = {text for pair in held_out for text in (pair.summary, pair.body)}
-    others = [pair for pair in library if not is_held_out(pair.module)]
+    others = [pair for pair in library if not is_in(pair.module, share)]
     packages = [pair for pair in installed_packages(max_per_package) if not {pair.summary, pair.body} & seen]
     sets = {"library": others, "packages": packages, "held_out": held_out}
     for name, pairs in sets.items():

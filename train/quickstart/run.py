@@ -1,9 +1,12 @@
 """From a real pretrained decoder to an NV-Embed model on the user's own Python documentation; `make quickstart`.
 
-Runs the public commands of this project in their order, and shows retrieval and clustering before and after each
-stage. Everything lies in `runs/quickstart`; the last checkpoint is `runs/quickstart/checkpoint`.
+Runs the public commands of this project in order and shows retrieval and clustering before and after each stage.
+Everything is in `runs/quickstart`; the last checkpoint is `runs/quickstart/checkpoint`.
+
+python train/quickstart/run.py [--seed 42] [--validate]
 """
 
+import argparse
 import json
 import logging
 import os
@@ -13,6 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from transformers.utils import logging as transformers_logging
 
@@ -68,10 +72,19 @@ def fetch_base(folder: Path) -> str:
     return str(gguf)
 
 
-def evaluate(checkpoint: Path) -> dict[str, float]:
+def has_bf16() -> bool:
+    """Whether bf16 is fast here. CPUs without instructions for it emulate it, hundreds of times slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def evaluate(checkpoint: Path, dtype: str) -> dict[str, float]:
     """Held-out nDCG@10 and V-measure of a checkpoint, in percent."""
-    output_dir = RUN / "scores" / checkpoint.name
-    scores = run(MtebArguments(str(checkpoint), str(output_dir), tasks=[TASKS], max_length=MAX_LENGTH))["tasks"]
+    output_dir = str(RUN / "scores" / checkpoint.name)
+    arguments = MtebArguments(str(checkpoint), output_dir, tasks=[TASKS], max_length=MAX_LENGTH, dtype=dtype)
+    scores = run(arguments)["tasks"]
     return {"nDCG@10": 100 * scores["held_out"], "V-measure": 100 * scores["modules"]}
 
 
@@ -96,6 +109,12 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=42, help="of the training")
+    parser.add_argument(
+        "--validate", action="store_true", help="hold out other modules instead of the test's, to choose settings on"
+    )
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
     logging.getLogger("mteb").setLevel(logging.WARNING)
@@ -105,24 +124,27 @@ def main() -> None:
         raise SystemExit(f"{RUN} holds an earlier run; keep it under another name or remove it: rm -r {RUN}")
 
     base = fetch_base(RUN / "download")
+    dtype = "bfloat16" if has_bf16() else "float32"
+    on_cpu = not torch.accelerator.is_available()
+    settings = [f"--seed={args.seed}", f"--bf16={has_bf16()}", f"--use_cpu={on_cpu}"]
     start = time.perf_counter()
     logger.info("1/6 reading the documentation of this Python")
-    counts = write_datasets(RUN / "data")
+    counts = write_datasets(RUN / "data", args.validate)
     logger.info("pairs of summary and documentation: %s", counts)
 
     logger.info("2/6 an NV-Embed checkpoint from the first %d layers of %s", NUM_LAYERS, Path(base).name)
     shape = [f"--num_layers={NUM_LAYERS}", "--num_latents=128", "--cross_dim_head=72"]
     init = [sys.executable, "train/init_checkpoint.py", "--base", base, "--output_dir", str(RUN / "base"), *shape]
     subprocess.run(init, check=True)
-    scores = {"before (mean pooling)": evaluate(RUN / "base")}
+    scores = {"before (mean pooling)": evaluate(RUN / "base", dtype)}
 
     logger.info("3/6 stage 1: retrieval, in-batch and hard negatives")
-    launch("train/stage1.py", "--config", "train/recipes/quickstart-stage1.yaml")
-    scores["after stage 1"] = evaluate(RUN / "stage1")
+    launch("train/stage1.py", "--config", "train/recipes/quickstart-stage1.yaml", *settings)
+    scores["after stage 1"] = evaluate(RUN / "stage1", dtype)
 
     logger.info("4/6 stage 2: retrieval and classification blended, hard negatives only")
-    launch("train/stage2.py", "--config", "train/recipes/quickstart-stage2.yaml")
-    scores["after stage 2"] = evaluate(checkpoint)
+    launch("train/stage2.py", "--config", "train/recipes/quickstart-stage2.yaml", *settings)
+    scores["after stage 2"] = evaluate(checkpoint, dtype)
 
     logger.info("5/6 three questions to the checkpoint, in a process where this package cannot be imported")
     answer(checkpoint)
