@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from nvembed import NVEmbedConfig, NVEmbedModel
-from nvembed.texts_nvembed import PaddedLayout, format_instruction
+from nvembed.texts_nvembed import PackedLayout, PaddedLayout, format_instruction
 
 
 INSTRUCTION = format_instruction("Given a question, retrieve")
@@ -68,6 +68,32 @@ def test_llama3_rope_equals_transformers(model, decoder_dir):
     with torch.no_grad():
         expected = reference(input_ids).last_hidden_state
         torch.testing.assert_close(model.embedding_model(input_ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bf16_training_attends_as_float64(is_causal):
+    """Packed texts, some of one length, under autocast: outputs and gradients against a loop over the texts."""
+    torch.manual_seed(0)
+    lengths = [5, 5, 3, 1]
+    inputs = [torch.randn(sum(lengths), heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(sum(lengths), 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = PackedLayout(lengths).attend(*inputs, is_causal)
+    (out * weights).sum().backward()
+    assert out.dtype == torch.bfloat16
+
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    rows = []
+    for text in range(len(lengths)):
+        part = slice(sum(lengths[:text]), sum(lengths[: text + 1]))
+        for head in range(4):
+            scores = q[part, head] @ k[part, head // 2].T / math.sqrt(8)
+            if is_causal:
+                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+            rows.append(scores.softmax(-1) @ v[part, head // 2] * weights[part, head])
+    sum(row.sum() for row in rows).backward()
+    for low, exact in zip(inputs, (q, k, v)):
+        torch.testing.assert_close(low.grad.double(), exact.grad, atol=0.01, rtol=0.01)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
