@@ -999,7 +999,7 @@ class NVEmbedTransformer(nn.Module):
     def forward(self, features: dict[str, Tensor], **options) -> dict[str, Tensor]:
         mask, pool_mask = features["attention_mask"], features["pool_mask"]
         if features.get("prompt_length") is not None and self.auto_model.config.is_mask_instruction:
-            # Before 5.4 it counts the prompt's tokens and `<s>`; `encode` leaves out as many tokens as the prompt has.
+            # Before 5.4 `prompt_length` includes `<s>`; `encode` leaves out as many tokens as the prompt has.
             length = torch.as_tensor(features["prompt_length"], device=pool_mask.device).flatten()[0] - 1
             pool_mask = pool_mask * (torch.arange(pool_mask.shape[1], device=pool_mask.device) >= length)
         output = self.auto_model(features["input_ids"], mask, pool_mask)

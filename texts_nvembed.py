@@ -1,4 +1,4 @@
-"""Texts to tensors: tokenizing, padding and packing, and the layouts of the texts of a batch in memory."""
+"""Texts to tensors: tokenizing, padding and packing, and how a batch is laid out in memory."""
 
 import inspect
 import json
@@ -28,6 +28,9 @@ VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_
 
 logger = logging.get_logger(__name__)
 
+# Up to here, torch's attention and its gradient on a CPU are faster in fp32 than in bf16 (train/recipes/RESULTS.md).
+FP32_TOKENS = 256
+
 
 # --- Tokenizing: shared by `encode` and by the training collator -----------------------------------------------------
 
@@ -54,9 +57,8 @@ def tokenize(
 ) -> list[TokenizedText]:
     """Tokenizes `instructions[i] + texts[i]`, truncated to `max_length` tokens, or to the decoder's positions if fewer.
 
-    The instruction's length is counted as in the released code: its tokens without `<s>`. Leaving out that many tokens
-    from the start, `<s>` included, keeps the last token counted, the space after "Query:", which becomes part of the
-    text's first word.
+    The instruction's length is counted as in the released code: its tokens without `<s>`. The count includes the final
+    space of "Query: ", which merges into the text's first word; the two cancel, and just the instruction is left out.
 
     Raises:
         ValueError: `max_length` is not a positive integer, or an instruction fills it and leaves no text to pool.
@@ -327,11 +329,10 @@ class PackedLayout:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Tensor:
-    """torch's attention, `[..., heads, tokens, head_dim]`, in fp32 where that is faster."""
-    if q.device.type == "cpu" and q.requires_grad and v.dtype == torch.bfloat16:
-        # torch's gradient in bf16 takes a CPU three times as long as in fp32, from 20 to 128 tokens. Autocast would
-        # cast the fp32 inputs back.
-        with torch.autocast("cpu", enabled=False):
+    """torch's attention, `[..., heads, tokens, head_dim]`; short texts on a CPU in fp32 if there is a gradient."""
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if has_gradient and q.device.type == "cpu" and v.dtype == torch.bfloat16 and q.shape[-2] <= FP32_TOKENS:
+        with torch.autocast("cpu", enabled=False):  # it would cast the inputs back
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, is_causal)
         return out.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and digests of their contents."""
+"""Writes files and folders whole or not at all, and digests their contents."""
 
 import hashlib
 import json
@@ -16,15 +16,17 @@ def whole(path: Path) -> Iterator[Path]:
     So `path` is never half-written. If the body raises, what it wrote is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "replaced"))
     _remove(partial)  # left by a process that was killed
+    _remove(replaced)
     try:
         yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir():  # `os.replace` takes the place of files only
+            os.replace(path, replaced)
         os.replace(partial, path)
     finally:
         _remove(partial)
+        _remove(replaced)
 
 
 def _remove(path: Path) -> None:

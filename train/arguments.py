@@ -22,8 +22,8 @@ STAGES = ("stage1", "stage2")
 class RecipeParser(TrlParser):
     """`TrlParser` for recipes: YAML files, by path or, for those that come with nvembed, by name.
 
-    A recipe may hold both stages: the keys under `stage1:` or `stage2:` outrank those beside. The stage whose part is
-    read is that of the `StageArguments` among the dataclasses. Its relative paths of data start at the recipe.
+    A recipe may hold both stages: keys under `stage1:` or `stage2:` override those at the top level. Which of them is
+    read follows from the `StageArguments` among the dataclasses. Relative paths of data start at the recipe's folder.
     """
 
     def __init__(self, *dataclass_types: type):
@@ -33,7 +33,9 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
         args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
         if args.count("--config") > 1:
-            raise ValueError("--config is there twice; a run has one recipe, and other options override its settings")
+            raise ValueError(
+                "--config is given more than once; a run has one recipe, whose settings other options override"
+            )
         place = args.index("--config") + 1 if "--config" in args else len(args)
         if args[-1:] == ["--config"]:
             raise ValueError("--config is the last argument; name a recipe after it")

@@ -5,8 +5,8 @@
     python train/init_checkpoint.py --from_released nvidia/NV-Embed-v2 --output_dir runs/nv-embed-v2
 
 An untrained embedding is the mean of the decoder's states: the new block adds nothing yet (see `NVEmbedModel`). A
-converted checkpoint shares its weights with the released one, by hard links where possible, and gets the code and files
-that today's transformers and sentence-transformers load it with.
+converted checkpoint keeps the released weights, hard-linked where possible, else copied, and gets the code and files
+with which today's transformers and sentence-transformers load it.
 """
 
 import json

@@ -85,8 +85,8 @@ def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:
     Sharded weights (a checkpoint of FSDP, a model under ZeRO-3) are not compared.
 
     Raises:
-        ValueError: the checkpoint has another base or adapter, or holds an adapter while this run trains all weights,
-            or the reverse.
+        ValueError: the checkpoint does not fit this model and adapter, or holds an adapter while this run trains all
+            weights, or the reverse.
     """
     adapter, whole = Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), sorted(Path(checkpoint).glob("model*.safetensors"))
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -134,7 +134,7 @@ class RunRecord:
     """The settings of a run and the steps from which they applied; saved in each of its checkpoints.
 
     Args:
-        settings: today's values of the settings in `APPLIED` and `REFUSED`.
+        settings: this run's values of the settings in `APPLIED` and `REFUSED`.
         base: `digest_weights` of the model that training starts from; None: not compared.
         data: what the triplets were made from (`nvembed.train.data.prepared.read_provenance`); None: not compared.
         periods: (first step, settings) pairs of the checkpoint being resumed, in order; empty for a new run.
@@ -166,11 +166,11 @@ class RunRecord:
 
 
 def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: bool = False) -> RunRecord:
-    """The record of the run being resumed, extended by today's settings; logs what changes.
+    """The record of the run being resumed, extended by this run's settings; logs what changes.
 
     Args:
-        now: record of a new run with today's settings.
-        steps: length of the whole run with today's settings.
+        now: record of a new run with these settings.
+        steps: length of the whole run with these settings.
 
     Raises:
         ValueError: the data, the base's weights or a setting that may not change has changed, or the checkpoint is

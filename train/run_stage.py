@@ -24,7 +24,7 @@ from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import check_have_negatives, read_provenance, read_tables, write_tables
-from nvembed.train.data.source import check_sources
+from nvembed.train.data.source import check_exists, check_sources
 from nvembed.train.hub import check_push, push
 from nvembed.train.memory import limit_primitive_cache
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
@@ -44,6 +44,10 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     limit_primitive_cache()
     check_output_dir(training_args.output_dir)
     check_negatives(data_args, training_args)
+    check_sources(data_args.datasets)
+    if training_args.process_index == 0:  # the others read what it makes of them
+        for source in data_args.datasets:
+            check_exists(source)
     repositories = check_push(training_args, model_args)
     settings = settings_of(model_args, data_args, training_args)
     resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)
@@ -100,10 +104,10 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
     Raises:
         FileNotFoundError: `output_dir` is not on a disk that this process's machine shares with the main process's.
         TimeoutError: the main process took longer than `ddp_timeout`.
-        ValueError: as `write_tables` and `check_sources`; there are fewer triplets than one update takes; a data set
+        ValueError: as `write_tables`; there are fewer triplets than one update takes; a data set
             has no negatives and its rows get none from their batch.
     """
-    sources = check_sources(data_args.datasets)
+    sources = data_args.datasets
     folder, seed = training_args.triplets_dir, training_args.order_seed
     with after_main_process(training_args):
         if training_args.process_index == 0:

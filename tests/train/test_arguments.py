@@ -57,7 +57,7 @@ def test_paths_of_data_start_at_the_recipe(tmp_path, monkeypatch):
     assert data_args.eval_tasks == str(tmp_path / "t.yaml")
     assert model_args.model_name_or_path == "base"
     assert parse(tmp_path, text, "--datasets", "a", "--eval_tasks", "t.yaml")[1].datasets[0].path == "a"
-    with pytest.raises(ValueError, match="x does not exist; a recipe's relative paths start at the recipe's folder"):
+    with pytest.raises(ValueError, match="x does not exist; in a recipe, relative paths start at the recipe's folder"):
         check_exists(data_args.datasets[2])
     (tmp_path / "here" / "org" / "set").mkdir(parents=True)
     with pytest.raises(ValueError, match="'org/set' is in the working directory, .* start: write here/org/set"):
@@ -86,7 +86,7 @@ def test_recipes_are_known_by_name(tmp_path, monkeypatch):
     assert training_args.learning_rate == 5e-4
     assert len(data_args.datasets) == 8
     parser = RecipeParser(ModelArguments, DataArguments, Stage1Arguments)
-    with pytest.raises(ValueError, match="--config is there twice"):
+    with pytest.raises(ValueError, match="--config is given more than once"):
         parser.parse_args_and_config(["--config", "smollm2", "--config=finetune"])
     with pytest.raises(ValueError, match="--config smollm is neither a file nor .* recipe; the recipes are finetune, "):
         parser.parse_args_and_config(["--config", "smollm"])

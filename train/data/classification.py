@@ -69,16 +69,15 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
     """Pairs of a text and its label's words.
 
     Raises:
-        ValueError: all texts are of one class, or a label is a number or has no words.
+        ValueError: all texts are of one class, all labels are numbers, or one has no words.
     """
     rows = _read(source)
-    labels = sorted({label for _, label in rows})
-    _check_labels(source, labels)
-    if all(label.isdigit() for label in labels):
-        raise ValueError(f"{source.path}: labels are the numbers {labels[:5]}; label_classification needs their words")
-    if blank := [label for label in labels if not _words(label)]:
+    if blank := [label for _, label in rows if not _words(label)]:
         raise ValueError(f"{source.path}: label {blank[0]!r} has no words; label_classification needs some")
-    names = sorted({_words(label) for label in labels})  # two labels may be the same in words
+    names = sorted({_words(label) for _, label in rows})  # two labels may be the same in words
+    _check_labels(source, names)
+    if all(name.isdigit() for name in names):
+        raise ValueError(f"{source.path}: labels are the numbers {names[:5]}; label_classification needs their words")
     rng = random.Random(seed)
     pairs = []
     for text, label in sample(rows, source.samples, seed):
@@ -98,7 +97,7 @@ def _label(row: dict, name: str) -> str:
         raise ValueError(f'{name}: "label" is {label!r}; it must be a string or a number')
     if isinstance(label, str) and not label.strip():
         raise ValueError(f'{name}: "label" is empty; every text needs a label')
-    return tables.text_of({"label": str(label)}, "label", name)
+    return tables.text_of({"label": str(label).strip()}, "label", name)
 
 
 def _words(label: str) -> str:

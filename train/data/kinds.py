@@ -1,4 +1,4 @@
-"""Which family turns a source's rows into pairs."""
+"""The kinds of data: what turns a source's rows into pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from nvembed.train.data.source import DatasetSource, Pairs, columns_of, is_beir
 
 @dataclass
 class Kind:
-    """A family and its default for a recipe's `symmetric:`.
+    """A loader and its default for a recipe's `symmetric:`.
 
     Args:
-        load: (source, num_negatives, seed) -> `Pairs`; `num_negatives` is for families that draw theirs themselves.
+        load: (source, num_negatives, seed) -> `Pairs`; `num_negatives` is for loaders that draw negatives themselves.
     """
 
     load: Callable[[DatasetSource, int, int], Pairs]
@@ -28,7 +28,7 @@ KINDS = {
     "label_classification": Kind(classification.load_label_based, symmetric=False),
 }
 
-# The columns that tell a table's kind. One is enough for triplets: the family names the line that lacks another.
+# The columns that tell a table's kind. One is enough for triplets: their loader names the line that lacks another.
 COLUMNS = (
     ("triplets", {"query"}),
     ("triplets", {"anchor"}),

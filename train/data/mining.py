@@ -29,21 +29,18 @@ def mine_negatives(
 ) -> Iterator[dict]:
     """Yields each pair with the `num_negatives` best documents that score below `max_ratio` times its positive.
 
-    The query itself and every positive of the same query are never negatives. Where the teacher
-    cannot rank any more documents, the rest are drawn at random from those that score low enough. A corpus with too
-    few documents gives fewer negatives. Pairs without a corpus have their negatives already and pass unchanged.
+    The query itself and every positive of the same query are never negatives. Where the teacher cannot rank any more
+    documents, the rest are drawn at random from those that score low enough. A corpus with too few documents gives
+    fewer negatives. Pairs without a corpus have their negatives already and pass unchanged.
 
     Args:
         pairs: see `Pairs`; texts of the corpus that hold only white space are ignored.
         make_teacher: makes the teacher, from the distinct texts of the corpus and the positives.
-        max_ratio: largest score of a negative, as a share of its positive's score.
-        name: how a warning or error calls the data.
+        max_ratio: a negative scores below this share of its positive's score.
+        name: of the data, in warnings.
 
     Yields:
         The pairs with `negatives`, hardest first, and without `known_positives`.
-
-    Raises:
-        ValueError: a positive holds only white space.
     """
     if pairs.corpus is None:
         yield from pairs.pairs
@@ -54,8 +51,6 @@ def mine_negatives(
         return
     positives: dict[str, set[str]] = {}
     for row in rows:
-        if not row["positive"].strip():
-            raise ValueError(f"{name}: the positive of {row['query']!r} holds only white space; drop the pair")
         positives.setdefault(row["query"], set()).update({row["positive"], *row.get("known_positives", ())})
     texts = (text for source in (pairs.corpus, (row["positive"] for row in rows)) for text in source)
     corpus = list(dict.fromkeys(text for text in texts if text.strip()))
@@ -95,7 +90,7 @@ class Miner:
         """The negatives of each pair, hardest first, none of them among the pair's `excluded` texts."""
         queries = [pair["query"] for pair in pairs]
         bounds = self.teacher.pair_scores(queries, [pair["positive"] for pair in pairs])
-        # 95 % of a score of 0 or less is not below it; there, documents may score up to as much as the positive.
+        # A share of a score of 0 or less is no stricter limit; there, documents may score as much as the positive.
         limits = [self.max_ratio * bound if bound > 0 else np.nextafter(bound, np.inf) for bound in bounds]
         ranked: list[list[str]] = [[] for _ in pairs]
         unfinished, k = list(range(len(pairs))), SEARCHED
@@ -110,7 +105,7 @@ class Miner:
                     eligible = row_positions[(row_scores < limits[i]) & (row_positions >= 0)]
                     texts = (self.corpus[position] for position in eligible)
                     ranked[i] = list(islice((t for t in texts if t not in excluded[i]), self.num_negatives))
-                    # Below a positive that scores exactly 0 nothing is ranked, however deep the search.
+                    # A positive that scores exactly 0 is one that BM25 cannot rank: nothing is ranked below it.
                     is_exhausted = row_positions[-1] < 0 or bounds[i] == 0 or len(row_positions) < k
                     if len(ranked[i]) < self.num_negatives and not is_exhausted:
                         deeper.append(i)

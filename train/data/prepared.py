@@ -48,7 +48,7 @@ def iterate_triplets(
         instruction: for triplets to which neither the recipe's entry nor the row gives one.
 
     Raises:
-        ValueError: the source gives none, or a triplet has no instruction from anywhere.
+        ValueError: the path does not exist, the source gives no triplets, or one has no instruction from anywhere.
     """
     check_exists(source)
     kind = KINDS[kind_of(source)]
@@ -97,8 +97,6 @@ def write_tables(
     Raises:
         ValueError: as `iterate_triplets`; there are checkpoints, and their tables were made from something else.
     """
-    for source in sources:  # before any of them is mined
-        check_exists(source)
     settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
     made_of = settings | {"datasets": [provenance(source) for source in sources]}
     before = read_provenance(folder)

@@ -1,4 +1,4 @@
-"""One entry of a recipe's `datasets:`, its rows, and the pairs that a family makes from them."""
+"""One entry of a recipe's `datasets:`, its rows, and the pairs that the loader of a kind makes from them."""
 
 import math
 import os
@@ -26,7 +26,8 @@ class DatasetSource:
 
     Args:
         path: a local file (JSONL, CSV, Parquet), a local folder, or a Hub dataset.
-        kind: how rows become triplets, a key of `nvembed.train.data.kinds.KINDS`; None: inferred from the columns.
+        kind: how rows become triplets, a key of `nvembed.train.data.kinds.KINDS`; None: inferred from the
+            folder's layout or the columns.
         split: the split to read.
         instruction: the task definition for every query, without "Instruct:". "": no instruction; None: not given here.
         symmetric: whether the instruction also goes on positives and negatives; None: the kind's default.
@@ -75,11 +76,11 @@ FIELD_TYPES = {
 
 
 class Pairs(NamedTuple):
-    """What a family makes from a source.
+    """What the loader of a kind makes from a source.
 
     Args:
-        pairs: dictionaries with `query` and `positive`, iterable once. They also have `negatives` if `corpus` is None,
-            else `known_positives` (all relevant texts of the query), and any other triplet column of the rows.
+        pairs: dictionaries with `query` and `positive`, iterable once. They have `negatives` if `corpus` is None, may
+            have `known_positives` (all relevant texts of the query) if it is not, and any other triplet column.
         corpus: the texts to mine negatives from; None: the pairs carry their negatives already.
     """
 
@@ -111,7 +112,7 @@ def resolve_entry(entry, folder: Path):
     """Resolves the path of an entry against the folder of its YAML file.
 
     A relative path that exists in the folder is read from there. One that does not, and that could be a Hub name, is
-    taken for one.
+    treated as a Hub name.
 
     Raises:
         ValueError: a path that could be a Hub name exists in the working directory, but not in the folder.
@@ -128,8 +129,7 @@ def resolve_path(path: str, folder: Path) -> str:
         return path
     # Not `resolve`: a link's own name has the suffix, and names the set.
     found = Path(os.path.abspath(folder / Path(path).expanduser()))
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and found.suffix not in TABLE_SUFFIXES
-    if found.exists() or not is_hub_name:
+    if found.exists() or not could_be_hub_name(path):
         return str(found)
     if Path(path).exists():  # `datasets` would read it instead of the Hub
         raise ValueError(
@@ -137,6 +137,10 @@ def resolve_path(path: str, folder: Path) -> str:
             f"relative paths start: write {os.path.relpath(path, folder)}"
         )
     return path
+
+
+def could_be_hub_name(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)) and not path.endswith(TABLE_SUFFIXES)
 
 
 def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
@@ -157,10 +161,10 @@ def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
 
 
 def check_exists(source: DatasetSource) -> None:
-    """Raises a `ValueError` if `path` is not there and cannot be a Hub name either."""
-    if not Path(source.path).exists() and (Path(source.path).is_absolute() or source.path.endswith(TABLE_SUFFIXES)):
+    """Raises a `ValueError` if `path` does not exist and cannot be a Hub name either."""
+    if not Path(source.path).exists() and "://" not in source.path and not could_be_hub_name(source.path):
         raise ValueError(
-            f"{source.path} does not exist; a recipe's relative paths start at the recipe's folder. For recipes "
+            f"{source.path} does not exist; in a recipe, relative paths start at the recipe's folder. For recipes "
             "shipped with nvembed, the comment at the top says where to get the data."
         )
 

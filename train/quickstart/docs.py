@@ -1,8 +1,8 @@
 """Training data that every user has: the documentation in their own Python.
 
 Docstrings are read from source files, without importing them. The first sentence is the query, the rest the document,
-the module the class. Held-out modules of the standard library are the test set; others are set aside to choose settings
-on.
+the module the class. Some modules of the standard library are held out as the test set. To choose settings, other
+modules are held out instead, and those of the test set are not used at all.
 """
 
 import ast
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip", "__pycache__"}
 MAX_DOCUMENT = 1000  # characters
-# Shares of the standard library's modules, in percent.
+# Modules of the standard library whose hash modulo 100 falls into the range.
 TEST = range(15)
 VALIDATION = range(15, 35)
 MIN_CLASS_SIZE = 5  # texts of a module that makes a class
@@ -68,7 +68,7 @@ def installed_packages(max_per_package: int = 100) -> list[DocPair]:
 
 
 def is_in(module: str, share: range) -> bool:
-    """Whether a top-level module of the standard library belongs to a share; its name alone decides."""
+    """Whether a top-level module of the standard library is one of `TEST` or `VALIDATION`; its name alone decides."""
     return _hash(module) % 100 in share
 
 
@@ -79,16 +79,17 @@ def write_datasets(folder: Path, validate: bool = False, max_per_package: int = 
     one file for each. A training text that is also a held-out one is left out.
 
     Args:
-        validate: hold out the modules of `VALIDATION`, and leave those of `TEST` out of all sets.
+        validate: hold out the modules of `VALIDATION` and leave the texts of `TEST` out of all sets.
 
     Returns:
         The number of pairs of each set.
     """
-    library = [pair for pair in standard_library() if not (validate and is_in(pair.module, TEST))]
-    share = VALIDATION if validate else TEST
-    held_out = [pair for pair in library if is_in(pair.module, share)]
-    seen = {text for pair in held_out for text in (pair.summary, pair.body)}
-    others = [pair for pair in library if not is_in(pair.module, share)]
+    library = standard_library()
+    test = [pair for pair in library if is_in(pair.module, TEST)]
+    held_out = [pair for pair in library if is_in(pair.module, VALIDATION)] if validate else test
+    seen = {text for pair in (*test, *held_out) for text in (pair.summary, pair.body)}
+    kept = {pair.module for pair in library} - {pair.module for pair in (*test, *held_out)}
+    others = [pair for pair in library if pair.module in kept]
     packages = [pair for pair in installed_packages(max_per_package) if not {pair.summary, pair.body} & seen]
     sets = {"library": others, "packages": packages, "held_out": held_out}
     for name, pairs in sets.items():

@@ -128,11 +128,6 @@ def test_bm25_ranks_scripts_without_spaces(caplog):
     assert "the data: 1 of 2 queries match no document of the corpus" in message
 
 
-def test_a_blank_positive_is_an_error():
-    with pytest.raises(ValueError, match="here: the positive of 'q' holds only white space"):
-        mine([{"query": "q", "positive": " "}], ["a"], 1, name="here")
-
-
 def test_missing_negatives_are_drawn_without_repetition():
     pair = {"query": "red apples", "positive": "red apples grow"}
     corpus = ["red apples grow", "red boats", *(f"grey {i}" for i in range(1000))]

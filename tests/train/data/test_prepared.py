@@ -255,9 +255,9 @@ def test_bad_sources_are_named(tmp_path, beir):
         prepare([DatasetSource(str(tmp_path / "odd"))], 1)
     with pytest.raises(ValueError, match=r"qrels/dev.tsv is missing; found"):
         prepare([DatasetSource(str(beir), split="dev")], 1)
-    with pytest.raises(ValueError, match="absent does not exist; a recipe's relative paths start at the recipe"):
+    with pytest.raises(ValueError, match="absent does not exist; in a recipe, relative paths start at the recipe"):
         prepare([DatasetSource(str(tmp_path / "absent"))], 1)
-    with pytest.raises(ValueError, match="absent does not exist; a recipe's relative paths start at the recipe"):
+    with pytest.raises(ValueError, match="absent does not exist; in a recipe, relative paths start at the recipe"):
         prepare([DatasetSource(str(tmp_path / "absent"), "retrieval")], 1)
     with pytest.raises(ValueError, match="neither a local file or folder nor a dataset found on the Hub"):
         prepare([DatasetSource("org/absent")], 1)
