@@ -110,9 +110,9 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=42, help="of the training")
+    parser.add_argument("--seed", type=int, default=42, help="of new weights, mining, order of the data and training")
     parser.add_argument(
-        "--validate", action="store_true", help="hold out other modules instead of the test's, to choose settings on"
+        "--validate", action="store_true", help="to choose settings: hold out other modules than the test set's"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -124,7 +124,7 @@ def main() -> None:
         raise SystemExit(f"{RUN} holds an earlier run; keep it under another name or remove it: rm -r {RUN}")
 
     base = fetch_base(RUN / "download")
-    dtype = "bfloat16" if has_bf16() else "float32"
+    dtype = "bfloat16" if has_bf16() else "float32"  # of the arithmetic; the weights are saved in fp32
     on_cpu = not torch.accelerator.is_available()
     settings = [f"--seed={args.seed}", f"--bf16={has_bf16()}", f"--use_cpu={on_cpu}"]
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def main() -> None:
     logger.info("pairs of summary and documentation: %s", counts)
 
     logger.info("2/6 an NV-Embed checkpoint from the first %d layers of %s", NUM_LAYERS, Path(base).name)
-    shape = [f"--num_layers={NUM_LAYERS}", "--num_latents=128", "--cross_dim_head=72"]
+    shape = [f"--num_layers={NUM_LAYERS}", "--num_latents=128", "--cross_dim_head=72", f"--seed={args.seed}"]
     init = [sys.executable, "train/init_checkpoint.py", "--base", base, "--output_dir", str(RUN / "base"), *shape]
     subprocess.run(init, check=True)
     scores = {"before (mean pooling)": evaluate(RUN / "base", dtype)}
@@ -148,9 +148,13 @@ def main() -> None:
 
     logger.info("5/6 three questions to the checkpoint, in a process where this package cannot be imported")
     answer(checkpoint)
-    logger.info("6/6 done in %.1f minutes, downloads aside", (time.perf_counter() - start) / 60)
-    print(f"\nHeld-out modules of the standard library, {counts['held_out']} pairs (percent)\n{table(scores)}")
-    (RUN / "scores.json").write_text(json.dumps(scores, indent=1))
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    logger.info("6/6 done in %s minutes, downloads aside", minutes)
+    about = {"modules": "validation" if args.validate else "test", "pairs": counts["held_out"]}
+    about |= {"seed": args.seed, "dtype": dtype, "minutes": minutes}
+    print("\nHeld-out modules of the standard library, in percent; " + ", ".join(f"{k} {v}" for k, v in about.items()))
+    print(table(scores))
+    (RUN / "scores.json").write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
     print(f'\nThe model is in {checkpoint}; use it as README.md shows under "Encode".')
 
 
