@@ -138,7 +138,7 @@ def main() -> None:
     subprocess.run(init, check=True)
     scores = {"before (mean pooling)": evaluate(RUN / "base", dtype)}
 
-    logger.info("3/6 stage 1: retrieval, in-batch and hard negatives")
+    logger.info("3/6 stage 1: retrieval, in-batch negatives")
     launch("train/stage1.py", "--config", "train/recipes/quickstart-stage1.yaml", *settings)
     scores["after stage 1"] = evaluate(RUN / "stage1", dtype)
 
