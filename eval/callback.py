@@ -1,4 +1,4 @@
-"""Local tasks measured while a model is trained, by the same code as `run_mteb.py`."""
+"""Measures local tasks during training, with the code of `run_mteb.py`."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from nvembed.eval.tasks.lookup import instructions_for
 class LocalTasksCallback(TrainerCallback):
     """Adds `eval_<task>`, the main score from 0 to 1, and `eval_average` to the metrics of every evaluation.
 
-    `EmbeddingTrainer` uses it every `eval_steps` and at the last step, and logs them. In any other `Trainer` of an
-    `NVEmbedModel` they are in the metrics that pick the best checkpoint, and that later callbacks see, but its log is
-    written before. The training does not change: random numbers are as they were. Processes share the texts out, and
-    all get the scores; where each holds a shard of the weights, all embed everything, because they need each other for
-    every layer.
+    `EmbeddingTrainer` uses it every `eval_steps` and at the last step, and logs the scores. In any other `Trainer` of
+    an `NVEmbedModel`, the scores are in the metrics that select the best checkpoint and that later callbacks see, but
+    not in its log, which is written earlier. Measuring does not affect training: it restores the random state. The
+    processes divide the texts among themselves and all get the scores; if each holds a shard of the weights, all embed
+    every text, because each layer needs all of them.
 
     Args:
-        tasks: of `read_tasks`; a subset is a shorter list.
+        tasks: from `read_tasks`; pass a shorter list for a subset.
         max_length: tokens of a text with its instruction.
     """
 
@@ -40,7 +40,7 @@ class LocalTasksCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step == state.max_steps and args.eval_strategy == "steps":
-            control.should_evaluate = True  # the result, also where eval_steps does not divide the steps
+            control.should_evaluate = True  # measures the final model even if eval_steps does not divide the steps
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         model = extract_model_from_parallel(model)
@@ -65,7 +65,7 @@ class LocalTasksCallback(TrainerCallback):
         return summary["tasks"] | {"average": summary["average"]}
 
     def measure_together(self, embed: Embed) -> dict[str, float]:
-        """`measure` with the texts split over the processes; each of them gets the scores."""
+        """`measure` with the texts split over the processes; all of them get the scores."""
         scores: list = [None]
         with split_over_processes(embed) as shared:
             if shared is not None:

@@ -1,4 +1,4 @@
-"""What mteb calls to embed a task's texts."""
+"""The encoder that mteb calls to embed a task's texts."""
 
 from collections.abc import Mapping
 
@@ -15,10 +15,10 @@ from nvembed.texts_nvembed import format_instruction
 
 
 class TaskEncoder(AbsEncoder):
-    """What mteb calls: collects a task's texts, looks up their instruction and embeds them.
+    """Collects a task's texts, looks up their instruction and embeds them; the interface is mteb's.
 
     Args:
-        instructions: by name of the task.
+        instructions: task name -> instruction.
     """
 
     def __init__(self, model: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]):
@@ -36,14 +36,14 @@ class TaskEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **options,
     ) -> np.ndarray:
-        """Embeddings `[texts, width]` of what a `DataLoader` of mteb's yields; equal texts are embedded once."""
+        """Embeddings `[texts, width]` of the texts in one of mteb's `DataLoader`s; equal texts are embedded once."""
         texts = [text for batch in inputs for text in batch["text"]]
         unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
         embeddings = self.embed(list(unique), self.prefix(task_metadata, prompt_type))
         return embeddings[[unique[text] for text in texts]]
 
     def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """The instruction of one side of a task as the model reads it."""
+        """The instruction for queries or documents of a task, formatted as the model reads it."""
         if self.prompts is not None:
             return self.prompts.get(get_prompt_name(self.prompts, task_metadata, prompt_type) or "default", "")
         instruction = self.instructions[task_metadata.name]

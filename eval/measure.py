@@ -1,4 +1,4 @@
-"""Runs tasks on a model through mteb, each kept as soon as it is done."""
+"""Runs tasks on a model through mteb and saves each result as soon as it is done."""
 
 import atexit
 import logging
@@ -35,11 +35,11 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
     """mteb's results by task; results in the cache are not computed again.
 
     Args:
-        cache: keeps each result when it is done; None: none is kept.
+        cache: saves each result when it is done; None: no result is saved.
 
     Raises:
-        ConnectionError: the Hub cannot be reached for a task's data; the message says how to do without.
-        TasksNotLoadedError: data of a task is wrong or was not found; the others were measured and kept.
+        ConnectionError: the Hub cannot be reached for a task's data; the message says how to work without it.
+        TasksNotLoadedError: the data of some tasks is wrong or was not found; the others were measured and saved.
     """
     failures = {}
     results: dict[str, TaskResult] = {}
@@ -89,7 +89,7 @@ def is_measured(task: AbsTask, encoder: TaskEncoder, cache: ResultCache | None) 
 
 
 def load(task: AbsTask) -> None:
-    """Loads the task's data where it is not in memory.
+    """Loads the task's data unless it is in memory.
 
     Raises:
         ConnectionError: the Hub cannot be reached.
@@ -110,7 +110,7 @@ def load(task: AbsTask) -> None:
 
 @contextmanager
 def fresh_cache() -> Iterator[None]:
-    """Gives `datasets` an empty cache, since its own identifies a local folder by name and misses changed files."""
+    """Gives `datasets` an empty cache: its own identifies a local folder by name and would miss changed files."""
     folder, usual = tempfile.mkdtemp(prefix="nvembed-"), datasets.config.HF_DATASETS_CACHE
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not before: tables are read from it
     datasets.config.HF_DATASETS_CACHE = folder
@@ -121,7 +121,7 @@ def fresh_cache() -> Iterator[None]:
 
 
 def unreachable(what: str, error: Exception | str) -> ConnectionError:
-    """An error that says what was tried and how to do without the Hub."""
+    """An error that says what was tried and how to work without the Hub."""
     return ConnectionError(
         f"{what}: the data is not in the cache and failed to load from {constants.ENDPOINT} ({error}). Without a "
         "connection: copy the data set's repository to a folder of its name below the working directory, such as "

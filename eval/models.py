@@ -28,12 +28,12 @@ class LoadedModel:
     """A model ready to embed.
 
     Args:
-        name: of results; the last two parts of a folder's path, or the Hub name.
+        name: used in results; the last two parts of a folder's path, or the Hub name.
         revision: the Hub's commit, or a digest of a folder's files.
         embed: (texts, prefix) -> fp32 `[texts, width]`; the prefix is an instruction as the model reads it.
-        max_length: tokens of a text with its instruction at most.
-        similarity: that it was trained for, cosine or dot product.
-        prompts: the model's own prompts by name, instead of the tasks' instructions; None: it takes these.
+        max_length: at most this many tokens of a text with its instruction.
+        similarity: the one it was trained for, cosine or dot product.
+        prompts: the model's own prompts by name, used instead of the tasks' instructions; None: use the instructions.
     """
 
     name: str
@@ -60,10 +60,10 @@ def load_model(
         model: a local folder or a Hub name.
         max_length: tokens of a text with its instruction; a sentence-transformers model keeps its own limit if lower.
         batch_tokens: tokens of a batch, see `NVEmbedModel.encode`.
-        instruct: give a sentence-transformers model the tasks' instructions, as those that were trained so expect.
+        instruct: give a sentence-transformers model the tasks' instructions, for models trained with them.
 
     Raises:
-        ValueError: no model is there, or it cannot be loaded.
+        ValueError: there is no such model, or it cannot be loaded.
     """
     config, commit = find_config(model, revision)
     name = "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
@@ -99,7 +99,7 @@ def load_model(
 
 
 def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = None, **options) -> Embed:
-    """`encode` of a model of ours as an `Embed`."""
+    """Wraps `encode` of an NV-Embed model as an `Embed`."""
 
     def encode(texts: list[str], prefix: str) -> np.ndarray:
         return model.encode(texts, prefix, max_length, batch_tokens, convert_to_numpy=True, **options)
@@ -108,7 +108,7 @@ def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = 
 
 
 def check_finite(embed: Embed) -> Embed:
-    """An `Embed` that raises a `ValueError` where the embeddings hold NaN or infinity, as after a diverged training."""
+    """Wraps an `Embed` to raise a `ValueError` on NaN or infinity in embeddings, as after a diverged training."""
 
     def checked(texts: list[str], prefix: str) -> np.ndarray:
         embeddings = embed(texts, prefix)
@@ -120,7 +120,7 @@ def check_finite(embed: Embed) -> Embed:
 
 
 def clean_texts(embed: Embed) -> Embed:
-    """An `Embed` that takes the texts of public data sets: NULs and halves of surrogate pairs are replaced."""
+    """Wraps an `Embed` to replace NULs and halves of surrogate pairs, which public data sets contain."""
 
     def cleaned(texts: list[str], prefix: str) -> np.ndarray:
         return embed([clean(text) for text in texts], prefix)
@@ -133,10 +133,10 @@ def clean(text: str) -> str:
 
 
 def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
-    """The model's config, empty where a sentence-transformers model has none, and the Hub's commit.
+    """The model's config, empty if a sentence-transformers model has none, and the Hub's commit.
 
     Raises:
-        ValueError: neither a folder nor a Hub model is there.
+        ValueError: there is neither such a folder nor such a Hub model.
     """
     folder = Path(model)
     if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir()):  # else it may be a Hub's owner/name
@@ -162,8 +162,8 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
 
 
 def digest_model(folder: Path) -> str:
-    """A digest of the files that make a local model what it is: weights, config, tokenizer, modules, code; of an
-    adapter, those of a local base, too."""
+    """A digest of a local model's weights, config, tokenizer, modules and code; for an adapter, including its local
+    base."""
     folders = [folder]
     if (folder / "modules.json").is_file():
         modules = json.loads((folder / "modules.json").read_text())

@@ -1,4 +1,4 @@
-"""Texts split over the processes of `accelerate launch`: the main one measures, the others only embed."""
+"""Splits texts over the processes of `accelerate launch`: the main one measures, the others only embed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ PATIENCE = timedelta(days=1)  # the others wait while the main process loads dat
 def split_over_processes(embed: Embed) -> Iterator[Embed | None]:
     """Gives the main process an `embed` that splits its texts over all processes, and the others None once it is done.
 
-    The others serve inside the `with` line: only the main process runs its body with work to do, so tasks, caches and
-    files are its alone. With one process `embed` itself is given.
+    The others work while they enter the `with` block: only the main process has anything to do in its body, so tasks,
+    caches and files belong to it alone. With one process it gets `embed` itself.
 
     Raises:
-        RuntimeError: on the main process, when one failed to embed.
-        SystemExit: on the others, when the main process failed; it tells why.
+        RuntimeError: on the main process, if one failed to embed.
+        SystemExit: on the others, if the main process failed, which reports why.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield embed
@@ -53,7 +53,7 @@ def _scatter(messages: list | None, group):
 
 
 def _share_out(embed: Embed, texts: list[str], prefix: str, group) -> np.ndarray:
-    """Deals the texts out by length, so that every process has about the same work."""
+    """Distributes the texts by length, so that every process has about the same work."""
     processes = dist.get_world_size()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     shares = [order[rank::processes] for rank in range(processes)]
@@ -79,7 +79,7 @@ def _serve(embed: Embed, group) -> None:
 
 
 def _attempt(embed: Embed, texts: list[str], prefix: str) -> np.ndarray | Exception | None:
-    """Errors are sent, not raised: the others would wait for an answer forever."""
+    """Returns errors instead of raising them: the other processes would wait for an answer forever."""
     try:
         return embed(texts, prefix) if texts else None
     except Exception as error:

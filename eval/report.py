@@ -32,9 +32,9 @@ class Run:
     """Scores of one model in percent.
 
     Args:
-        types: of the tasks, such as "Retrieval".
-        details: metric and data set of each task, as `summary.json` has them; empty for a list of scores.
-        seconds: time that each task took, where it is known.
+        types: task -> type, such as "Retrieval".
+        details: metric and data set of each task, from `summary.json`; empty for a list of scores.
+        seconds: time that each task took, if known.
     """
 
     name: str
@@ -48,7 +48,7 @@ def read_run(path: str) -> Run:
     """A folder that `run_mteb.py` wrote, its `summary.json`, or a JSON list of task, type and score in percent.
 
     Raises:
-        ValueError: nothing of the kind is there; what is missing is named.
+        ValueError: there is none of these; the error names what is missing.
     """
     file = Path(path)
     if file.is_dir():
@@ -88,8 +88,8 @@ class Comparison:
     """Runs and the paper's models over the same tasks: the union of the runs'.
 
     Args:
-        averages: per model the mean of each category and "average"; None where a model lacks a task of it, or where
-            the paper's average is over other tasks.
+        averages: per model the mean of each category and "average"; None if the model lacks a task of it, or if the
+            paper's average is over other tasks.
         released: NV-Embed-v2's score per task of the paper.
     """
 
@@ -156,7 +156,7 @@ def _averages(scores: dict[str, float], types: dict[str, str]) -> dict[str, floa
 
 
 def average_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and one row per model; the number of tasks stands behind each category."""
+    """Header and one row per model; the header gives the number of tasks in each category."""
     sizes = {c: len(_tasks(comparison.types, c)) for c in [*comparison.categories, "average"]}
     rows = [["", *(f"{column} ({size})" for column, size in sizes.items()), "minutes"]]
     seconds = {run.name: run.seconds for run in comparison.runs}

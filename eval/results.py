@@ -1,4 +1,4 @@
-"""The folder that an evaluation writes: what was measured and how, mteb's results, the summary.
+"""The folder of an evaluation: what was measured and how, mteb's results, and the summary.
 
 ```
 run.json                          model, revision, settings; what decides each task, such as its instruction
@@ -31,11 +31,11 @@ CATEGORIES = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Cla
 
 
 def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping]) -> Path:
-    """Claims a folder for the results of one model at one revision with one setting; the same run again resumes in it.
+    """Claims a folder for one model at one revision with one setting; the same evaluation resumes in it.
 
     Args:
-        settings: model, revision and whatever else changes all scores.
-        tasks: what changes the scores of one task, see `conditions`; binds only where a result was measured with it.
+        settings: model, revision and everything else that affects all scores.
+        tasks: what affects the scores of a single task, see `conditions`; compared only for tasks already measured.
 
     Raises:
         ValueError: the folder holds results of another model, revision, setting or instruction; nothing is changed.
@@ -69,7 +69,7 @@ def _check_same(what: str, there: Mapping, now: Mapping) -> None:
 
 
 def conditions(task: AbsTask, instruction: TaskInstruction | None) -> dict:
-    """What decides a task's scores beside the model: instructions, and a local copy of its data."""
+    """What affects a task's scores besides the model: its instructions, and a local copy of its data."""
     known = {}
     if instruction is not None:
         known |= {"instruction": instruction.query, "instruction of documents": instruction.document}
@@ -79,7 +79,7 @@ def conditions(task: AbsTask, instruction: TaskInstruction | None) -> dict:
 
 
 def copy_of_data(task: AbsTask) -> str | None:
-    """A digest of the folder ./<data set>, which `datasets` takes instead of the Hub's; None where there is none."""
+    """A digest of the folder ./<data set>, which `datasets` reads instead of the Hub's; None if there is none."""
     folder = Path(task.metadata.dataset.get("path", ""))
     if hasattr(task, "instruction") or isinstance(task, AbsTaskAggregate) or not folder.is_dir():
         return None
@@ -87,10 +87,10 @@ def copy_of_data(task: AbsTask) -> str | None:
 
 
 def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask]) -> None:
-    """Removes results that were cut off while they were written.
+    """Removes results cut off while being written.
 
     Raises:
-        ValueError: a result is of another state of the task's data.
+        ValueError: a result was measured on another version of the task's data.
     """
     for task in tasks:
         path = cache.get_task_result_path(task.metadata.name, model.name, model.revision)
@@ -113,7 +113,7 @@ def main_score(task: AbsTask, result: TaskResult) -> float:
     """mteb's main score, 0 to 1, averaged over the task's splits and subsets.
 
     Raises:
-        ValueError: it is not a number, as a correlation with constants.
+        ValueError: it is not a number, such as a correlation with constants.
     """
     subsets = [part for split in task.eval_splits for part in result.scores[split]]
     score = fmean(part["main_score"] for part in subsets if part["hf_subset"] in task.hf_subsets)
@@ -125,7 +125,7 @@ def main_score(task: AbsTask, result: TaskResult) -> float:
 
 
 def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model: LoadedModel) -> dict:
-    """`summary.json`: scores 0 to 1, averaged as the paper does: a category over its tasks, the last over all tasks."""
+    """`summary.json`: scores 0 to 1, averaged as in the paper: a category over its tasks, `average` over all tasks."""
     scores = {task.metadata.name: main_score(task, results[task.metadata.name]) for task in tasks}
     types = {task.metadata.name: task.metadata.type for task in tasks}
     return {
@@ -149,7 +149,7 @@ def describe(task: AbsTask) -> dict:
 
 
 def eval_results(scores: Mapping[str, float], details: Mapping[str, dict]) -> list[EvalResult]:
-    """A model card's `model-index`, as on the MTEB leaderboard; `details` as `describe` gives them."""
+    """A model card's `model-index`, as on the MTEB leaderboard; `details` are those of `describe`."""
     results = []
     for task, score in scores.items():
         detail = details[task]

@@ -3,7 +3,7 @@
 python eval/run_air_bench.py --model DIR_OR_REPO --output_dir OUT
 
 Dev splits are scored here. The judgements of the test splits are private: their search results are zipped in the
-leaderboard's layout, to be handed in at https://huggingface.co/spaces/AIR-Bench/leaderboard.
+leaderboard's layout, to be submitted at https://huggingface.co/spaces/AIR-Bench/leaderboard.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class AirBenchArguments(EvaluationArguments):
 
 
 class DenseRetriever(Retriever):
-    """What AIR-Bench calls for each data set; a corpus' embeddings lie in a file of `folder` while it is searched."""
+    """The retriever that AIR-Bench calls for each data set; it keeps a corpus's embeddings in a file in `folder`."""
 
     def __init__(self, model: LoadedModel, embed: Embed, instruction: str, folder: Path, top_k: int = 1000):
         super().__init__(top_k)
@@ -136,14 +136,14 @@ def score_dev(search_results: Path, folder: Path) -> None:
 
 
 def zip_test(results: Path, target: Path) -> None:
-    """Search results of the test splits as the leaderboard takes them: `<task type>/<domain>/en_..._test.json`."""
+    """Zips search results of the test splits in the leaderboard's layout: `<task type>/<domain>/en_..._test.json`."""
     with whole(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(results.rglob("*_test.json")):
             archive.write(file, file.relative_to(results))
 
 
 def remove_half_written(search_results: Path) -> None:
-    """Removes files that were cut off while they were written: AIR-Bench takes every file for finished."""
+    """Removes files cut off while being written, which AIR-Bench would take for finished."""
     for file in search_results.rglob("*.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], prefix: str, path: Path, b
     """Embeds a corpus into a `.npy` file, a block at a time; an interrupted run resumes after its last complete block.
 
     Args:
-        path: of the file, whole or absent; the same path means the same texts and model.
+        path: of the file, never half-written; the same path must mean the same texts and model.
 
     Returns:
         fp32 `[texts, width]`, memory-mapped.
@@ -49,11 +49,11 @@ def embed_to_file(embed: Embed, texts: Sequence[str], prefix: str, path: Path, b
 def exact_search(
     queries: np.ndarray, documents: np.ndarray, top_k: int, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The documents of largest dot product with each query.
+    """The documents with the largest dot products for each query.
 
     Args:
         queries: fp32 `[queries, width]`.
-        documents: fp32 `[documents, width]`, may be memory-mapped: a block of it is in memory at a time.
+        documents: fp32 `[documents, width]`, possibly memory-mapped: one block is in memory at a time.
 
     Returns:
         Scores and positions, both `[queries, min(top_k, documents)]`, best first.

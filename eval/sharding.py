@@ -1,4 +1,4 @@
-"""Whether a model is sharded over processes, and gathering what each process has."""
+"""Tells whether a model is sharded over processes, and gathers tensors from them."""
 
 import torch
 import torch.distributed as dist

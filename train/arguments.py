@@ -187,7 +187,7 @@ class StageArguments(TrainingArguments):
         metadata={"help": "Push the adapter alone to the Hub; beside --push_to_hub, to <hub_model_id>-adapter."},
     )
     hub_strategy: str = field(default="end", metadata={"help": "Only what is done is pushed."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
     save_strategy: str = field(default="no", metadata={"help": "Intermediate adapter checkpoints: no, steps, epoch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     dataloader_drop_last: bool = field(
@@ -252,7 +252,7 @@ class StageArguments(TrainingArguments):
         return sorted(steps, key=lambda path: (len(path.name), path.name))
 
     def check_fills_update(self, triplets: int) -> None:
-        """Raises a `ValueError` if so many triplets are fewer than one update takes."""
+        """Raises a `ValueError` if there are fewer triplets than one update takes."""
         if triplets < self.update_rows:
             raise ValueError(
                 f"{triplets} triplets do not fill one batch of {self.update_rows} (per_device_train_batch_size x "
@@ -260,12 +260,12 @@ class StageArguments(TrainingArguments):
             )
 
     def run_rows(self, triplets: int) -> int:
-        """Rows of the whole run over so many triplets."""
+        """Rows of the whole run over this many triplets."""
         return self.max_steps * self.update_rows if self.max_steps > 0 else math.ceil(triplets * self.num_train_epochs)
 
 
 def check_negatives(data_args: DataArguments, training_args: StageArguments) -> None:
-    """Raises a `ValueError` where no row could have a negative: the loss would be 0 whatever the model does."""
+    """Raises a `ValueError` if no row can have a negative: the loss would always be 0."""
     if data_args.num_negatives > 0:
         return
     if not training_args.in_batch_negatives:

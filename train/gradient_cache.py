@@ -1,10 +1,10 @@
 """Large contrastive batches in small memory: gradient caching (GradCache, Gao et al., arXiv 2101.06983).
 
-The contrastive loss needs the embeddings of the whole batch at once, but the decoder's activations, which are nearly
-all of the memory, are needed for one chunk of texts at a time: embed every chunk without keeping them, take the loss
-and its gradient by the embeddings, then embed chunk after chunk again and pass its share of that gradient on. This is
-gradient checkpointing with a chunk of the batch as the segment, so torch's own does it, random numbers and mixed
-precision included: the second pass draws the same dropout.
+The contrastive loss needs the embeddings of the whole batch at once, but the decoder's activations, which take nearly
+all of the memory, only for one chunk of texts at a time. So each chunk is embedded without keeping activations, the
+loss and its gradient with respect to the embeddings are computed, and each chunk is embedded again to propagate its
+share of that gradient. This is gradient checkpointing with a chunk of the batch as the segment, so torch's own does it,
+with random state and mixed precision: the second pass draws the same dropout.
 """
 
 import torch
@@ -17,10 +17,10 @@ from nvembed.eval.sharding import is_sharded
 
 
 def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
-    """Embeds packed chunks of a batch (see `nvembed.texts_nvembed.pack`), keeping the activations of the last alone.
+    """Embeds packed chunks of a batch (see `nvembed.texts_nvembed.pack`), keeping only the last one's activations.
 
     One chunk is an ordinary forward pass. Of several, all but the last, whose backward pass comes first, are embedded
-    twice; the peak of memory is that of the largest chunk.
+    twice; peak memory is that of the largest chunk.
 
     Returns:
         Embeddings of all texts in the order of the chunks, `[texts, hidden]`.
@@ -31,12 +31,12 @@ def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
     idle = _surplus(inner, chunks) * chunks[-1:]
     parts = [checkpoint(_embed, inner, chunk, use_reentrant=False) for chunk in (*idle, *chunks[:-1])]
     unused = sum(len(chunk["lengths"]) for chunk in idle)
-    # Cut off, but not out of the graph: the backward pass, too, has to come as often on every process.
+    # Without a value, but in the graph: every process must run equally many backward passes, too.
     return torch.cat([*parts, _embed(model, chunks[-1])])[unused:]
 
 
 def _surplus(model: nn.Module, chunks: list[dict]) -> int:
-    """By how many chunks another process has more, where all must gather the shards of the weights as often."""
+    """How many more chunks another process has, if all processes must gather sharded weights equally often."""
     if not (dist.is_initialized() and is_sharded(model)):
         return 0
     most = torch.tensor(len(chunks), device=chunks[0]["input_ids"].device)

@@ -41,7 +41,9 @@ class InitArguments:
         default=False, metadata={"help": "Of a released NV-Embed: fold it, for evaluation alone; loads it into memory."}
     )
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
-    num_layers: int | None = field(default=None, metadata={"help": "Keep the first so many layers; default all."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Keep only the first layers, this many; default all."}
+    )
     dtype: str = field(
         default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16"]}
     )

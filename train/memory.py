@@ -1,8 +1,8 @@
-"""Resident memory of a training on CPUs, whose batches have ever-new lengths.
+"""Limits the resident memory of training on CPUs, where nearly every batch has new lengths.
 
-Two things keep what torch has freed. oneDNN caches a primitive with its buffers for each shape of a matrix product, a
-thousand of them, and nearly every batch brings shapes that do not come again. And glibc keeps freed blocks of ever-new
-sizes for later ones that rarely fit. Together they doubled the memory of `recipes/smollm2.yaml` within 100 steps.
+Two things hold memory that torch has freed. oneDNN caches a primitive with its buffers for each shape of a matrix
+product, a thousand of them, and most shapes never return. And glibc keeps freed blocks for later ones, which rarely
+have their sizes. Together they doubled the memory of `recipes/smollm2.yaml` within 100 steps.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ STEPS = 5  # between two returns: each costs a fraction of a second, since the n
 
 
 def limit_primitive_cache() -> None:
-    """Makes oneDNN forget shapes sooner, unless the user has set its limit; call it before any work."""
+    """Makes oneDNN cache fewer shapes, unless the user has set its limit; call it before any computation."""
     os.environ.setdefault(*PRIMITIVE_CACHE)
 
 
 class ReturnFreedMemory(TrainerCallback):
-    """Gives the memory that torch has freed back to the system every `STEPS` steps; on Linux with glibc alone."""
+    """Returns memory that torch has freed to the system every `STEPS` steps; only on Linux with glibc."""
 
     def __init__(self):
         self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

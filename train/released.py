@@ -1,4 +1,4 @@
-"""Released NV-Embed checkpoints as checkpoints of ours: converted without reading the weights, or folded."""
+"""Converts released NV-Embed checkpoints to ours, without reading the weights, or folds them."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of 
 
 
 def fold_released(source: str, output_dir: str) -> None:
-    """Writes a released checkpoint with its latent attention folded; loads it whole, in the dtype of its files.
+    """Writes a released checkpoint with its latent attention folded; loads all of it, in the dtype of its files.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -35,8 +35,8 @@ def fold_released(source: str, output_dir: str) -> None:
 def convert_released(source: str, output_dir: str) -> None:
     """Writes a released checkpoint with our code: the same weights, never read into memory.
 
-    The files of weights are hard links where the file system allows it, copies elsewhere. Config, tokenizer, license
-    and model card stay what they say; code, prompts of the paper's tasks and sentence-transformers files are ours.
+    Weight files are hard links if the file system allows it, else copies. Config, tokenizer, license and model card
+    keep their contents; the code, the prompts of the paper's tasks and the sentence-transformers files are ours.
 
     Args:
         source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
@@ -44,7 +44,8 @@ def convert_released(source: str, output_dir: str) -> None:
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
-        ValueError: `source` is no NV-Embed checkpoint, or a tensor is missing, unknown, of another shape or cut off.
+        ValueError: `source` is not an NV-Embed checkpoint, or a tensor is missing, unknown, of the wrong shape or cut
+            off.
     """
     check_output_dir(output_dir)
     folder = Path(source)

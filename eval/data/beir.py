@@ -115,7 +115,7 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
 
 
 def checked_text(row: dict, name: str) -> str:
-    """`document_text` of a row, after checking title and text; `name` is the row's in an error."""
+    """`document_text` of a row, after checking title and text; errors call the row `name`."""
     text_of({"title": row.get("title") or ""}, "title", name)
     text_of(row, "text", name)
     return document_text(row)

@@ -1,4 +1,4 @@
-"""Tables on disk, row by row; every row has a name for errors."""
+"""Tables on disk, row by row; each row has a name for use in errors."""
 
 import json
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def read_jsonl(path: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[int
     """(Line number from 1, row) of a JSON Lines file; empty lines are skipped.
 
     Raises:
-        ValueError: a line is not a JSON object or lacks a required column; file and line are named.
+        ValueError: a line is not a JSON object or lacks a required column; the error names file and line.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -78,7 +78,7 @@ def text_of(row: dict, column: str, name: str) -> str:
     """A text column of a row, which may be empty.
 
     Raises:
-        ValueError: it is no string, or holds a NUL or half of a surrogate pair (JSON can); the row is named.
+        ValueError: it is not a string, or has a NUL or half of a surrogate pair (JSON can); the error names the row.
     """
     value = row[column]
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Which instruction a task's queries and documents carry: one per task, as in the paper's evaluation (section 5.1)."""
+"""The instructions of queries and documents: one per task, as in the paper's evaluation (section 5.1)."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from nvembed.texts_nvembed import format_instruction
 
 @dataclass(frozen=True)
 class TaskInstruction:
-    """Task definitions, without "Instruct:"; "" is none.
+    """Task definitions, without "Instruct:"; "" for none.
 
     Args:
         query: for queries, and for every text of a task that has no queries, such as clustering.
@@ -22,7 +22,7 @@ class TaskInstruction:
 
 
 def paper_instructions() -> dict[str, TaskInstruction]:
-    """The paper's instructions by task; "STS" and "SUMM", the released names, stand for all tasks of these types."""
+    """The paper's instructions by task; the released names "STS" and "SUMM" stand for all tasks of these types."""
     entries = json.loads((files("nvembed.eval.tasks") / "instructions.json").read_text())
     return {
         name: TaskInstruction(entry["query"], entry["query"] if entry.get("symmetric") else entry["corpus"])
@@ -49,7 +49,7 @@ def find_instruction(name: str, task_type: str) -> TaskInstruction | None:
 def paper_prompts() -> dict[str, str]:
     """The paper's instructions by task, for `config.prompts`; "<task>-document" is empty where documents carry none.
 
-    The second name is for mteb, which gives a prompt under the bare name of the task to queries and documents alike.
+    mteb needs the second name: it would use a prompt under the task's bare name for documents as well.
     """
     prompts = {}
     for task, instruction in paper_instructions().items():

@@ -1,4 +1,4 @@
-"""One's own data as real mteb tasks: a YAML file names folders, mteb's abstract classes measure them.
+"""Your own data as real mteb tasks: a YAML file names folders, and mteb's abstract classes measure them.
 
 ```yaml
 tasks:
@@ -43,9 +43,9 @@ class LocalTask:
     Args:
         type: a key of `TYPES`.
         path: the folder that holds the data.
-        split: the part that is measured; classification also needs `train`, to fit its classifiers.
+        split: the split to measure; classification also needs `train`, to fit its classifiers.
         instruction: the task definition; None: a default, with a warning.
-        name: what results call it.
+        name: of the task in results.
     """
 
     type: str
@@ -66,8 +66,8 @@ def read_tasks(file: str, names: Sequence[str] | None = None) -> list[AbsTask]:
         names: of the tasks to read; None: all.
 
     Raises:
-        ValueError: the file cannot be read or has no task of a name, an entry has an unknown or missing field, its
-            data is missing, lacks a column or has a value that cannot be measured; the file and row are named.
+        ValueError: the file cannot be read or lacks a named task; an entry has an unknown or missing field; its data is
+            missing, lacks a column or has a value that cannot be measured. The error names file and row.
     """
     entries = {entry.name: entry for entry in read_entries(file)}
     for name in names or ():
@@ -152,7 +152,7 @@ def make_task(entry: LocalTask) -> AbsTask:
 
 
 def digest_data(data) -> str:
-    """A digest of the data, which mteb keeps as the data set's revision beside each score."""
+    """A digest of the data, which mteb records with each score as the data set's revision."""
     digest = hashlib.sha256()
     for split in sorted(data):
         part = data[split]
@@ -224,7 +224,7 @@ def _load_ranked_beir(entry: LocalTask) -> dict[str, RetrievalSplitData]:
 
 
 def _load_classification(entry: LocalTask) -> dict[str, Dataset]:
-    """Labels become whole numbers in the order of their names: mteb's precision of two classes needs 0 and 1."""
+    """Numbers the labels in the order of their names: for two classes, mteb's precision needs 0 and 1."""
     columns = ("text", "label")
     rows = {
         split: [(text_of(row, "text", name), _label(row, "label", name)) for name, row in _rows(entry, split, columns)]
@@ -332,7 +332,7 @@ def _rows(entry: LocalTask, split: str, required: tuple[str, ...]) -> Iterator[t
 
 
 def _columns(entry: LocalTask, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
-    """The first of the alternatives whose columns the split has; the last one if none has."""
+    """The first of the alternatives whose columns the split has; the last one if it has none of them."""
     for _, row in _rows(entry, entry.split, ()):
         return next((names for names in alternatives if set(names) <= set(row)), alternatives[-1])
 

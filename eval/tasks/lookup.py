@@ -1,4 +1,4 @@
-"""What `--tasks` names: benchmarks and tasks of mteb, YAML files of local tasks; and their instructions."""
+"""Looks up what `--tasks` names (mteb's benchmarks and tasks, YAML files of local tasks) and its instructions."""
 
 import difflib
 import logging
@@ -19,15 +19,16 @@ PAPER_BENCHMARK = "MTEB(eng, v1)"  # the paper's 56 tasks
 
 
 def select_tasks(names: Iterable[str]) -> list[AbsTask]:
-    """The tasks that the names stand for, in their order, none twice.
+    """The tasks that the names stand for, in order and without duplicates.
 
-    A name that the paper's benchmark has is taken from it, with its language and split.
+    A task of the paper's benchmark is taken from it, with its language and split.
 
     Args:
         names: of benchmarks or tasks of mteb, or paths of YAML files (see `nvembed.eval.tasks.local`).
 
     Raises:
-        ValueError: a name is unknown (the nearest are given), two different tasks have one name, a file is wrong.
+        ValueError: a name is unknown (the error suggests similar ones), two different tasks share a name, or a file is
+            invalid.
     """
     tasks: dict[str, AbsTask] = {}
     for name in names:
@@ -61,7 +62,7 @@ def _mteb_tasks(name: str) -> list[AbsTask]:
 
 
 def _nearest(name: str, known: list[str], count: int = 5) -> list[str]:
-    """Names that hold the name, shortest first, then names of like letters; upper and lower case are the same."""
+    """Names that contain the name, shortest first, then similar ones; case is ignored."""
     holding = sorted((other for other in known if name.lower() in other.lower()), key=len)
     by_lower = {other.lower(): other for other in known}
     alike = [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower, count, cutoff=0.5)]
@@ -76,7 +77,8 @@ def _task_names() -> list[str]:
 def instructions_for(tasks: Iterable[AbsTask]) -> dict[str, TaskInstruction]:
     """One instruction per task, parts of aggregated tasks included.
 
-    A local task has its file's, a task of the paper the paper's. Any other has mteb's default, with a warning.
+    A local task has the instruction of its file, a task of the paper the paper's. Others get mteb's default, with a
+    warning.
     """
     return {task.metadata.name: _instruction(task) for task in with_parts(tasks)}
 

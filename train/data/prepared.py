@@ -164,7 +164,7 @@ def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]
 
 
 def check_have_negatives(tables: Sequence[Dataset], sources: Sequence[DatasetSource]) -> None:
-    """Raises a `ValueError` for a set none of whose rows has a negative: its loss would be 0 whatever is learned."""
+    """Raises a `ValueError` for a data set without a single negative: its loss would always be 0."""
     for table, source in zip(tables, sources, strict=True):
         if not pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Answers questions from a corpus with a checkpoint alone: transformers, no `nvembed`.
+"""Answers questions from a corpus with nothing but a checkpoint and transformers, without `nvembed`.
 
 python -I train/quickstart/answers.py CHECKPOINT BEIR_FOLDER QUESTION...
 """

@@ -125,7 +125,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str]:
-    """First sentence and rest; a paragraph's end ends a sentence, too."""
+    """Splits off the first sentence, which the end of a paragraph also ends."""
     text = inspect.cleandoc(docstring)
     match = re.search(r"[.!?](?=\s)|\n\s*\n", text)
     if match is None:
