@@ -6,11 +6,12 @@ PYTHON ?= python3
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart/run.py
 
+# One process per core: much of a test's time is spent starting other processes.
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto
 
 test-fast: .venv/installed
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest --numprocesses auto -m "not slow"
 
 test-versions: .venv/installed
 	.venv/bin/python tests/versions.py

@@ -39,7 +39,7 @@ MAX_LENGTH = 64
 TASKS = "train/recipes/quickstart-tasks.yaml"
 QUESTIONS = (
     "How do I send an e-mail through a server?",
-    "How can I pick random items from a list?",
+    "How do I make a temporary folder that is removed afterwards?",
     "How do I open a web page in the user's browser?",
 )
 
