@@ -743,6 +743,8 @@ class NVEmbedModel(PreTrainedModel):
             saved, _ = NVEmbedConfig.get_config_dict(source, **base_options)
         except OSError as error:
             if adapter is None:
+                if source.count("/") > 1 and not Path(source).exists():
+                    raise OSError(f"{source} does not exist; name a folder, or a Hub model as owner/name") from error
                 raise
             raise ValueError(
                 f"{source}, the base of the adapter {adapter}, is neither a folder here nor a Hub model that can be "

@@ -169,6 +169,8 @@ def test_other_damage_is_named(damaged):
     (folder / "config.json").unlink()
     with pytest.raises((OSError, ValueError), match="config.json"):
         NVEmbedModel.from_pretrained(folder)
+    with pytest.raises(OSError, match="absent does not exist; name a folder, or a Hub model as owner/name"):
+        NVEmbedModel.from_pretrained(folder / "absent")
 
 
 def test_a_rope_that_depends_on_the_length_is_refused(damaged):

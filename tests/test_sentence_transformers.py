@@ -151,7 +151,7 @@ def test_module_survives_pickling_and_copies(st_model, reference, sentences):
 
 def test_settings_that_have_no_effect_are_refused(st_checkpoint, reference, sentences):
     options = {"trust_remote_code": True, "device": "cpu"}
-    with pytest.raises(ValueError, match="backend is 'onnx'; .* run in torch alone"):
+    with pytest.raises(ValueError, match="backend is 'onnx'; .* only run in torch"):
         SentenceTransformer(str(st_checkpoint), **options, backend="onnx")
     name = (
         "processor_kwargs"

@@ -16,13 +16,18 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--kind", help="see nvembed.train.data.kinds.KINDS; inferred if left out")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--instruction", help="task definition to store with every triplet")
+    parser.add_argument(
+        "--instruction", help="task definition to store with every triplet; rows keep their own if left out"
+    )
     parser.add_argument("--num_negatives", type=int, default=7)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     source = DatasetSource(args.path, args.kind, args.split, args.instruction, samples=args.samples)
-    count = write_jsonl(Path(args.output), iterate_triplets(source, args.num_negatives, args.seed, ""))
+    triplets = iterate_triplets(source, args.num_negatives, args.seed, "")
+    if args.instruction is None:  # "" would mean none, and training could not give one
+        triplets = ({k: v for k, v in row.items() if (k, v) != ("instruction", "")} for row in triplets)
+    count = write_jsonl(Path(args.output), triplets)
     print(f"{count} triplets in {args.output}")
 
 
