@@ -18,7 +18,7 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "replaced"))
     _remove(partial)  # left by a process that was killed
-    _remove(replaced)
+    _settle(path, replaced)
     try:
         yield partial
         if path.is_dir():  # `os.replace` takes the place of files only
@@ -26,7 +26,14 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         _remove(partial)
-        _remove(replaced)
+        _settle(path, replaced)
+
+
+def _settle(path: Path, replaced: Path) -> None:
+    """Puts a folder that was moved aside back if nothing took its place, and removes it otherwise."""
+    if replaced.exists() and not path.exists():
+        os.replace(replaced, path)
+    _remove(replaced)
 
 
 def _remove(path: Path) -> None:

@@ -87,9 +87,10 @@ def write_datasets(folder: Path, validate: bool = False, max_per_package: int = 
     library = standard_library()
     test = [pair for pair in library if is_in(pair.module, TEST)]
     held_out = [pair for pair in library if is_in(pair.module, VALIDATION)] if validate else test
-    seen = {text for pair in (*test, *held_out) for text in (pair.summary, pair.body)}
-    kept = {pair.module for pair in library} - {pair.module for pair in (*test, *held_out)}
-    others = [pair for pair in library if pair.module in kept]
+    never_trained_on = [*test, *held_out]
+    modules = {pair.module for pair in never_trained_on}
+    seen = {text for pair in never_trained_on for text in (pair.summary, pair.body)}
+    others = [pair for pair in library if pair.module not in modules]
     packages = [pair for pair in installed_packages(max_per_package) if not {pair.summary, pair.body} & seen]
     sets = {"library": others, "packages": packages, "held_out": held_out}
     for name, pairs in sets.items():
