@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from nvembed.train.data import mining
+from nvembed.train.data import mining, teachers
 from nvembed.train.data.mining import mine_negatives
 from nvembed.train.data.prepared import write_jsonl
 from nvembed.train.data.source import Pairs
@@ -159,6 +159,22 @@ def test_bm25_scores_equal_a_direct_loop():
             score += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(document) / mean_length))
         expected.append(score)
     np.testing.assert_allclose(bm25_scores(" ".join(query), corpus), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_compiled_search_of_large_corpora_gives_the_same_scores(monkeypatch):
+    rng = random.Random(0)
+    corpus = list({" ".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(500)})
+    queries = [" ".join(rng.choices("abcdefghijklmnop", k=3)) for _ in range(50)]
+    teacher = BM25(corpus)
+    expected, _ = teacher.search(queries, 20)
+    monkeypatch.setattr(teachers, "COMPILED", 1)
+    compiled = BM25(corpus)
+    assert compiled.index.backend == "numba"
+    scores, positions = compiled.search(queries, 20)
+    np.testing.assert_array_equal(scores, expected)
+    for query, row, found in zip(queries, scores, positions):
+        np.testing.assert_allclose(teacher.pair_scores([query] * 20, [corpus[i] for i in found]), row, rtol=1e-6)
 
 
 def test_a_query_of_unknown_words_ranks_nothing():
