@@ -38,10 +38,10 @@ class EvaluationArguments:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be a number of tokens, 1 or more")
 
-    def load(self) -> LoadedModel:
-        """As `load_model`; the main process shows a progress bar."""
+    def load(self, show_progress_bar: bool = True) -> LoadedModel:
+        """As `load_model`; of several processes, the main one shows a progress bar."""
         options = {"instruct": self.instruct, "trust_remote_code": self.trust_remote_code}
-        options |= {"show_progress_bar": PartialState().is_main_process}
+        options |= {"show_progress_bar": show_progress_bar and PartialState().is_main_process}
         return load_model(self.model, self.revision, self.max_length, self.batch_tokens, self.dtype, **options)
 
     def settings(self, model: LoadedModel) -> dict:

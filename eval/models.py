@@ -16,6 +16,7 @@ from transformers.utils.hub import extract_commit_hash
 from nvembed.eval.files import digest_files
 from nvembed.eval.processes import Embed
 from nvembed.modeling_nvembed import NVEmbedModel, find_base_of_adapter
+from nvembed.texts_nvembed import format_instruction
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,23 @@ class LoadedModel:
     max_length: int = MAX_LENGTH
     similarity: ScoringFunction = ScoringFunction.COSINE
     prompts: dict[str, str] | None = None
+
+    @property
+    def embed_for_search(self) -> Embed:
+        """An `Embed` whose dot products are the similarity that the model was trained for."""
+        return self.embed if self.similarity is ScoringFunction.DOT_PRODUCT else normalized(self.embed)
+
+    def query_prefix(self, instruction: str) -> str:
+        """What goes before a query: the model's own prompt, or else the instruction as the model reads it."""
+        if self.prompts is not None:
+            return self.prompts.get("query", self.prompts["default"])
+        return format_instruction(instruction)
+
+    def document_prefix(self, instruction: str = "") -> str:
+        """What goes before a document: as for queries; documents have an instruction in symmetric tasks only."""
+        if self.prompts is not None:
+            return self.prompts.get("document", self.prompts["default"])
+        return format_instruction(instruction)
 
 
 def load_model(
@@ -105,6 +123,16 @@ def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = 
         return model.encode(texts, prefix, max_length, batch_tokens, convert_to_numpy=True, **options)
 
     return clean_texts(check_finite(encode))
+
+
+def normalized(embed: Embed) -> Embed:
+    """Wraps an `Embed` to give vectors of length 1, whose dot products are cosines."""
+
+    def unit(texts: list[str], prefix: str) -> np.ndarray:
+        embeddings = embed(texts, prefix)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
+
+    return unit
 
 
 def check_finite(embed: Embed) -> Embed:

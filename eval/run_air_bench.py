@@ -6,26 +6,25 @@ Dev splits are scored here. The judgements of the test splits are private: their
 leaderboard's layout, to be submitted at https://huggingface.co/spaces/AIR-Bench/leaderboard.
 """
 
-import hashlib
 import json
 import logging
+import shutil
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from accelerate import PartialState
-from mteb.models.model_meta import ScoringFunction
 
 from nvembed.eval.arguments import EvaluationArguments, run_script
+from nvembed.eval.data.corpus import digest_documents
 from nvembed.eval.files import whole
 from nvembed.eval.measure import unreachable
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import claim_folder
-from nvembed.eval.search import embed_to_file, exact_search
+from nvembed.eval.search import exact_search
 from nvembed.eval.tasks.instructions import paper_instructions
-from nvembed.texts_nvembed import format_instruction
+from nvembed.eval.vectors import MadeFrom, embed_shards
 
 
 try:
@@ -57,15 +56,14 @@ class AirBenchArguments(EvaluationArguments):
 
 
 class DenseRetriever(Retriever):
-    """The retriever that AIR-Bench calls for each data set; it keeps a corpus's embeddings in a file in `folder`."""
+    """The retriever that AIR-Bench calls for each data set; it keeps a corpus's embeddings in shards in `folder`."""
 
     def __init__(self, model: LoadedModel, embed: Embed, instruction: str, folder: Path, top_k: int = 1000):
         super().__init__(top_k)
         self.name, self.folder = model.name.replace("/", "__"), folder
-        self.embed = embed if model.similarity is ScoringFunction.DOT_PRODUCT else normalized(embed)
-        own = model.prompts
-        self.query_prefix = format_instruction(instruction) if own is None else own.get("query", own["default"])
-        self.document_prefix = "" if own is None else own.get("document", own["default"])
+        self.embed = embed
+        self.model = model
+        self.query_prefix, self.document_prefix = model.query_prefix(instruction), model.document_prefix()
 
     def __str__(self) -> str:
         return self.name
@@ -73,29 +71,17 @@ class DenseRetriever(Retriever):
     def __call__(self, corpus: dict[str, dict], queries: dict[str, str], **kwargs) -> dict[str, dict[str, float]]:
         """Query id -> document id -> similarity, of the `search_top_k` best documents."""
         document_ids, texts = list(corpus), [document["text"] for document in corpus.values()]
-        digest = hashlib.sha256()
-        for row in zip(document_ids, texts):
-            digest.update(json.dumps(row).encode())
-        path = self.folder / f"{digest.hexdigest()[:16]}.npy"
-        documents = embed_to_file(self.embed, texts, self.document_prefix, path)
+        digest = digest_documents(zip(document_ids, texts))
+        made_from = MadeFrom(self.name, self.model.revision, self.document_prefix, self.model.max_length, digest)
+        folder = self.folder / digest
+        documents = embed_shards(self.embed, document_ids, texts, folder, made_from)
         query_embeddings = self.embed(list(queries.values()), self.query_prefix)
-        scores, positions = exact_search(query_embeddings, documents, self.search_top_k)
-        del documents
-        path.unlink()
+        scores, positions = exact_search(query_embeddings, documents.blocks(), self.search_top_k)
+        shutil.rmtree(folder)
         return {
             query_id: {document_ids[p]: s for p, s in zip(row_positions, row_scores)}
             for query_id, row_positions, row_scores in zip(queries, positions.tolist(), scores.tolist())
         }
-
-
-def normalized(embed: Embed) -> Embed:
-    """An `Embed` whose dot products are cosines."""
-
-    def unit(texts: list[str], prefix: str) -> np.ndarray:
-        embeddings = embed(texts, prefix)
-        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
-
-    return unit
 
 
 def run(args: AirBenchArguments) -> Path | None:
@@ -108,7 +94,7 @@ def run(args: AirBenchArguments) -> Path | None:
     options = {"languages": ["en"], "splits": args.splits}
     benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **options)
     model = args.load()
-    with split_over_processes(model.embed) as embed:
+    with split_over_processes(model.embed_for_search) as embed:
         if embed is None:
             return None
         settings = args.settings(model) | {"instruction": args.instruction, "top_k": args.top_k}

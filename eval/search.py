@@ -1,68 +1,42 @@
-"""Exact search in corpora larger than memory: embeddings in a file, dot products by FAISS, one block at a time."""
+"""Exact search in corpora larger than memory: dot products by FAISS, one block of documents at a time."""
 
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import faiss
 import numpy as np
-from tqdm import tqdm
-
-from nvembed.eval.files import write_json
-from nvembed.eval.processes import Embed
 
 
-BLOCK = 50_000  # documents embedded, or searched, at a time
-
-
-def embed_to_file(embed: Embed, texts: Sequence[str], prefix: str, path: Path, block: int = BLOCK) -> np.ndarray:
-    """Embeds a corpus into a `.npy` file, a block at a time; an interrupted run resumes after its last complete block.
-
-    Args:
-        path: of the file, never half-written; the same path must mean the same texts and model.
-
-    Returns:
-        fp32 `[texts, width]`, memory-mapped.
-    """
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial, progress = path.with_suffix(".partial"), path.with_suffix(".json")
-        done = json.loads(progress.read_text())["done"] if progress.is_file() and partial.is_file() else 0
-        rows = np.load(partial, mmap_mode="r+") if done else None
-        with tqdm(total=len(texts), initial=done, desc="Embedding", unit="text") as bar:
-            for start in range(done, len(texts), block):
-                embeddings = embed(list(texts[start : start + block]), prefix)
-                if rows is None:
-                    shape = (len(texts), embeddings.shape[1])
-                    rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-                rows[start : start + len(embeddings)] = embeddings
-                rows.flush()
-                write_json(progress, {"done": start + len(embeddings)})
-                bar.update(len(embeddings))
-        del rows
-        os.replace(partial, path)
-        progress.unlink()
-    return np.load(path, mmap_mode="r")
-
-
-def exact_search(
-    queries: np.ndarray, documents: np.ndarray, top_k: int, block: int = BLOCK
-) -> tuple[np.ndarray, np.ndarray]:
+def exact_search(queries: np.ndarray, blocks: Iterable[np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The documents with the largest dot products for each query.
+
+    In memory are the queries, one block of documents (as fp32, `VectorShards.blocks`), the results, and what FAISS
+    needs for a block: the best `top_k` of it for each query.
 
     Args:
         queries: fp32 `[queries, width]`.
-        documents: fp32 `[documents, width]`, possibly memory-mapped: one block is in memory at a time.
+        blocks: the documents in order, fp32 `[documents of the block, width]` each.
 
     Returns:
-        Scores and positions, both `[queries, min(top_k, documents)]`, best first.
+        Scores and positions, both `[queries, min(top_k, documents)]`, best first, equal scores by position.
+
+    Raises:
+        ValueError: the documents have another width than the queries, or there are none.
     """
-    best = faiss.ResultHeap(len(queries), min(top_k, len(documents)), keep_max=True)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    for start in range(0, len(documents), block):
-        part = np.ascontiguousarray(documents[start : start + block], dtype=np.float32)
-        scores, positions = faiss.knn(queries, part, min(top_k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
-        best.add_result(scores, positions + start)
+    best, documents = None, 0
+    for block in blocks:
+        if block.shape[1] != queries.shape[1]:
+            raise ValueError(f"documents have width {block.shape[1]}, queries {queries.shape[1]}")
+        block = np.ascontiguousarray(block, dtype=np.float32)
+        scores, positions = faiss.knn(queries, block, min(top_k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        if best is None:
+            best = faiss.ResultHeap(len(queries), top_k, keep_max=True)
+        best.add_result(scores, positions + documents)
+        documents += len(block)
+    if best is None:
+        raise ValueError("there are no documents to search")
     best.finalize()
-    return best.D, best.I
+    found = min(top_k, documents)
+    scores, positions = best.D[:, :found], best.I[:, :found]
+    order = np.lexsort((positions, -scores), axis=1)
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)

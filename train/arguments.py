@@ -13,7 +13,8 @@ from trl import ModelConfig, TrlParser
 
 from nvembed.texts_nvembed import check_characters
 from nvembed.train.data.kinds import check_kind
-from nvembed.train.data.source import DatasetSource, as_source, resolve_entry
+from nvembed.train.data.sets import as_source
+from nvembed.train.data.source import DatasetSource, resolve_entry
 
 
 STAGES = ("stage1", "stage2")
@@ -121,9 +122,13 @@ class DataArguments:
     datasets: list[DatasetSource] = field(
         default_factory=list,
         metadata={
-            "help": "In a recipe a list of mappings (see DatasetSource), their paths relative to the recipe; on the "
-            "command line, paths."
+            "help": "In a recipe a list of mappings (see DatasetSource), their paths relative to the recipe, or of "
+            "the paper's sets ({set: msmarco}); on the command line, paths."
         },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that build_data.py wrote; sets named by `set:` are read from there, ready."},
     )
     instruction: str | None = field(default=None, metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
@@ -148,7 +153,7 @@ class DataArguments:
             self.datasets = [self.datasets]
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
-        self.datasets = [as_source(entry) for entry in self.datasets]
+        self.datasets = [as_source(entry, self.data_dir) for entry in self.datasets]
         for source in self.datasets:
             check_kind(source)
         check_characters(self.instruction or "", "instruction")

@@ -12,10 +12,24 @@ from nvembed.texts_nvembed import check_characters
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-def find_table(folder: Path, split: str) -> Path | None:
-    """The file of a split in a folder: `<split>.jsonl`, .csv, .tsv or .parquet."""
-    files = (folder / f"{split}{suffix}" for suffix in (".jsonl", *BUILDERS))
-    return next((file for file in files if file.is_file()), None)
+def find_tables(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder: `<split>.jsonl`, .csv, .tsv or .parquet, or the Hub's shards of it.
+
+    Raises:
+        ValueError: a shard is missing: they are named `<split>-00000-of-00003.parquet` and so on.
+    """
+    for suffix in (".jsonl", *BUILDERS):
+        if (file := folder / f"{split}{suffix}").is_file():
+            return [file]
+        shards = sorted(folder.glob(f"{split}-?????-of-?????{suffix}"))
+        if shards:
+            count = int(shards[0].stem.rsplit("-", 1)[1])
+            expected = [folder / f"{split}-{number:05}-of-{count:05}{suffix}" for number in range(count)]
+            if shards != expected:
+                fault = sorted({*shards} ^ {*expected})[0]
+                raise ValueError(f"{folder}: the {count} shards of split {split!r} are not complete: see {fault.name}")
+            return shards
+    return []
 
 
 def read_table(file: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:

@@ -32,7 +32,7 @@ from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from nvembed.eval.data.beir import read_beir
-from nvembed.eval.data.tables import find_table, read_jsonl, read_table, text_of
+from nvembed.eval.data.tables import find_tables, read_jsonl, read_table, text_of
 from nvembed.texts_nvembed import check_characters
 
 
@@ -320,15 +320,16 @@ def _rows(entry: LocalTask, split: str, required: tuple[str, ...]) -> Iterator[t
     Raises:
         ValueError: the split is absent, empty or unreadable, or lacks a column.
     """
-    file = find_table(entry.path, split)
-    if file is None:
+    files = find_tables(entry.path, split)
+    if not files:
         found = sorted(path.name for path in entry.path.iterdir())[:10]
         raise ValueError(f"{entry.path}: no {split}.jsonl, .csv or .parquet for task {entry.name!r}; found {found}")
     name = None
-    for name, row in read_table(file, required):
-        yield name, row
+    for file in files:
+        for name, row in read_table(file, required):
+            yield name, row
     if name is None:
-        raise ValueError(f"{file} is empty; task {entry.name!r} needs at least one row")
+        raise ValueError(f"{files[0]} is empty; task {entry.name!r} needs at least one row")
 
 
 def _columns(entry: LocalTask, *alternatives: tuple[str, ...]) -> tuple[str, ...]:

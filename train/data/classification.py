@@ -6,38 +6,60 @@ Label-based, as in v1 and for two classes: the positive is the label's own words
 
 import random
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from nvembed.eval.data import tables
 from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
 
 
+DRAWS = 20  # rounds of draws for a text's negatives: those that share a label or a text with it are drawn again
+
+
 def load_example_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
     """Pairs of two texts of a class; a class of one text gives none, since it has no positive.
+
+    A text with several labels is of the class of its first; its negatives share none of its labels.
 
     Raises:
         ValueError: all texts are of one class.
     """
     rows = _read(source)
-    positions: dict[str, list[int]] = {}  # label -> its rows
-    for position, (_, label) in enumerate(rows):
-        positions.setdefault(label, []).append(position)
+    positions: dict[str, list[int]] = {}  # class -> its rows
+    for position, (_, labels) in enumerate(rows):
+        positions.setdefault(labels[0], []).append(position)
     _check_labels(source, positions)
-    return Pairs(_example_pairs(rows, positions, source.samples, num_negatives, seed))
+    counts = Counter(rows=len(rows))
+    return Pairs(_example_pairs(rows, positions, source.samples, num_negatives, seed, counts), counts=counts)
 
 
-def _example_pairs(rows, positions, samples: int | None, num_negatives: int, seed: int) -> Iterator[dict]:
+def _example_pairs(rows, positions, samples: int | None, num_negatives: int, seed: int, counts) -> Iterator[dict]:
     rng = random.Random(seed)
     others = {label: Others(own, len(rows)) for label, own in positions.items()}
-    for text, label in sample(rows, samples, seed):
+    labels_of: dict[str, set[str]] = {}  # a text may stand in several classes
+    for text, labels in rows:
+        labels_of.setdefault(text, set()).update(labels)
+    chosen = sample(rows, samples, seed)
+    if len(chosen) < len(rows):
+        counts["not sampled"] = len(rows) - len(chosen)
+    for text, (label, *_) in chosen:
         positive = _other_text([rows[i][0] for i in rng.choices(positions[label], k=20)], text)
         if positive is None:  # twenty draws of the text itself: look through the class
             positive = _other_text((rows[i][0] for i in positions[label]), text)
         if positive is None:
+            counts["no other text in its class"] += 1
             continue
-        drawn = rng.sample(others[label], min(num_negatives, len(others[label])))
-        negatives = dict.fromkeys(rows[i][0] for i in drawn)
-        yield {"query": text, "positive": positive, "negatives": [n for n in negatives if n not in (text, positive)]}
+        own = labels_of[text]
+        negatives: dict[str, None] = {}
+        for _ in range(DRAWS):
+            drawn = rng.sample(others[label], min(num_negatives - len(negatives), len(others[label])))
+            texts = [rows[i][0] for i in drawn]
+            allowed = [t for t in texts if t not in (text, positive) and not labels_of[t] & own]
+            counts["drawn, but also of the class"] += sum(bool(labels_of[t] & own) for t in texts)
+            negatives |= dict.fromkeys(allowed)
+            if len(negatives) == num_negatives or len(texts) == len(others[label]):
+                break
+        yield {"query": text, "positive": positive, "negatives": list(negatives)}
 
 
 def _other_text(candidates, text: str) -> str | None:
@@ -71,7 +93,7 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
     Raises:
         ValueError: all texts are of one class, all labels are numbers, or one has no words.
     """
-    rows = _read(source)
+    rows = [(text, label) for text, (label, *_) in _read(source)]
     if blank := [label for _, label in rows if not _words(label)]:
         raise ValueError(f"{source.path}: label {blank[0]!r} has no words; label_classification needs some")
     names = sorted({_words(label) for _, label in rows})  # two labels may be the same in words
@@ -80,15 +102,26 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
         raise ValueError(f"{source.path}: labels are the numbers {names[:5]}; label_classification needs their words")
     rng = random.Random(seed)
     pairs = []
-    for text, label in sample(rows, source.samples, seed):
+    chosen = sample(rows, source.samples, seed)
+    for text, label in chosen:
         others = [name for name in names if name != _words(label)]
         negatives = rng.sample(others, min(num_negatives, len(others)))
         pairs.append({"query": text, "positive": _words(label), "negatives": negatives})
-    return Pairs(pairs)
+    counts = Counter({"rows": len(rows), "not sampled": len(rows) - len(chosen)})
+    return Pairs(pairs, counts=+counts)
 
 
-def _read(source: DatasetSource) -> list[tuple[str, str]]:
-    return [(text_of(row, "text", name), _label(row, name)) for name, row in read_rows(source, ("text", "label"))]
+def _read(source: DatasetSource) -> list[tuple[str, list[str]]]:
+    """(Text, its labels) of every row; without a `label_separator`, one label."""
+    rows = []
+    for name, row in read_rows(source, ("text", "label")):
+        label = _label(row, name)
+        parts = [label] if source.label_separator is None else label.split(source.label_separator)
+        labels = [part.strip() for part in parts if part.strip()]
+        if not labels:
+            raise ValueError(f'{name}: "label" is {label!r}, which holds no label beside {source.label_separator!r}')
+        rows.append((text_of(row, "text", name), labels))
+    return rows
 
 
 def _label(row: dict, name: str) -> str:

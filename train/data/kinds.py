@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nvembed.train.data import classification, retrieval, sts, triplets
+from nvembed.train.data import classification, nemotron, retrieval, sts, triplets
 from nvembed.train.data.source import DatasetSource, Pairs, columns_of, is_beir
 
 
@@ -22,6 +22,9 @@ class Kind:
 KINDS = {
     "triplets": Kind(triplets.load, symmetric=False),
     "retrieval": Kind(retrieval.load, symmetric=False),
+    "qa": Kind(retrieval.load_qa, symmetric=False),
+    "nli": Kind(retrieval.load_nli, symmetric=True),
+    "nemotron": Kind(nemotron.load, symmetric=False),
     "sts": Kind(sts.load, symmetric=True),
     "classification": Kind(classification.load_example_based, symmetric=True),
     "clustering": Kind(classification.load_example_based, symmetric=True),
@@ -33,6 +36,7 @@ COLUMNS = (
     ("triplets", {"query"}),
     ("triplets", {"anchor"}),
     ("sts", {"sentence1", "sentence2", "score"}),
+    ("nli", {"premise", "hypothesis", "label"}),
     ("classification", {"text", "label"}),
 )
 

@@ -1,72 +1,132 @@
 """Hard negatives: the best-ranked documents that score clearly below the positive (section 4.2, arXiv 2407.15831)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 from transformers.utils.logging import get_logger
 
+from nvembed.train.collator import text_id
+from nvembed.train.data.corpus import Corpus, normalize
 from nvembed.train.data.source import Pairs
 from nvembed.train.data.teachers import BM25, Teacher
 
 
 logger = get_logger(__name__)
 
-MAX_RATIO = 0.95  # TopK-PercPos: a negative scores below this share of its positive's score
 SEARCHED = 100  # documents ranked for a query at first; ten times as many whenever those are not enough
-BLOCK = 256  # pairs ranked at a time
 RANKS = 2_000_000  # held in memory at a time: queries times documents ranked for each
+
+
+@dataclass(frozen=True)
+class MiningRules:
+    """Which ranked documents become negatives; a document must pass all rules that are set.
+
+    NV-Retriever's names (arXiv 2407.15831, section 4) are in brackets; the paper uses the first alone.
+
+    Args:
+        max_ratio: a negative scores below this share of its positive's score (TopK-PercPos). Where the positive scores
+            below 0, the bound is as far below it: score - (1 - max_ratio) * |score|.
+        margin: a negative scores below its positive's score minus this (TopK-MarginPos).
+        max_score: a negative scores below this (TopK-Abs).
+        first_rank, last_rank: ranks that negatives are taken from (Top-k shifted by N), 1 being the best document,
+            positives included; `last_rank` None: as far down as needed.
+        pick: the best-ranked of the documents that pass, or random ones among them (needs `last_rank`).
+        fill: where too few pass, draw the rest at random from the corpus's documents that score low enough.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    max_ratio: float | None = 0.95
+    margin: float | None = None
+    max_score: float | None = None
+    first_rank: int = 1
+    last_rank: int | None = None
+    pick: Literal["best", "random"] = "best"
+    fill: bool = True
+
+    def __post_init__(self):
+        if self.max_ratio is not None and not 0 < self.max_ratio <= 1:
+            raise ValueError(f"max_ratio is {self.max_ratio}; it is a share above 0 and up to 1 (the paper's: 0.95)")
+        if self.margin is not None and not self.margin >= 0:
+            raise ValueError(f"margin is {self.margin}; it must be 0 or more")
+        if self.first_rank < 1 or (self.last_rank is not None and self.last_rank < self.first_rank):
+            raise ValueError(f"ranks {self.first_rank} to {self.last_rank} hold no document; the best one is of rank 1")
+        if self.pick not in ("best", "random"):
+            raise ValueError(f"pick is {self.pick!r}; it must be best or random")
+        if self.pick == "random" and self.last_rank is None:
+            raise ValueError("pick: random needs last_rank: random ones of which documents?")
+
+    def limit(self, positive: float) -> float:
+        """What a negative of a positive with this score must score below."""
+        limits = [np.inf if self.max_score is None else self.max_score]
+        if self.margin is not None:
+            limits.append(positive - self.margin)
+        if self.max_ratio is not None:
+            # BM25 scores 0 where it cannot tell: there, documents may score as much as the positive.
+            share = positive - (1 - self.max_ratio) * abs(positive)
+            limits.append(share if positive != 0 else np.nextafter(np.float32(0), np.float32(1)))
+        return min(limits)
 
 
 def mine_negatives(
     pairs: Pairs,
     num_negatives: int,
     seed: int = 0,
-    make_teacher: Callable[[Sequence[str]], Teacher] = BM25,
-    max_ratio: float = MAX_RATIO,
+    make_teacher: Callable[[Corpus], Teacher] = BM25,
+    rules: MiningRules = MiningRules(),  # noqa: B008
     name: str = "the data",
 ) -> Iterator[dict]:
-    """Yields each pair with the `num_negatives` best documents that score below `max_ratio` times its positive.
+    """Yields each pair with `num_negatives` documents of its corpus that pass the rules.
 
-    The query itself and every positive of the same query are never negatives. Where the teacher cannot rank any more
-    documents, the rest are drawn at random from those that score low enough. A corpus with too few documents gives
-    fewer negatives. Pairs without a corpus have their negatives already and pass unchanged.
+    The query itself and every positive of the same query are never negatives, nor are texts that differ from one of
+    these in case, punctuation or spaces alone. Which negatives a pair gets does not depend on the pairs beside it, but
+    for that. A corpus with too few documents gives fewer negatives. Pairs without a corpus have their negatives already
+    and pass unchanged.
 
     Args:
         pairs: see `Pairs`; texts of the corpus that hold only white space are ignored.
         make_teacher: makes the teacher, from the distinct texts of the corpus and the positives.
-        max_ratio: a negative scores below this share of its positive's score.
         name: of the data, in warnings.
 
     Yields:
-        The pairs with `negatives`, hardest first, and without `known_positives`.
+        The pairs with `negatives`, hardest first, their `negative_scores` and the `positive_score` by the teacher, and
+        without `known_positives`.
     """
     if pairs.corpus is None:
         yield from pairs.pairs
         return
-    rows = list(pairs.pairs)
+    rows = merge_known_positives(list(pairs.pairs))
     if num_negatives == 0 or not rows:
         yield from ({**_without_known(row), "negatives": []} for row in rows)
         return
-    positives: dict[str, set[str]] = {}
-    for row in rows:
-        positives.setdefault(row["query"], set()).update({row["positive"], *row.get("known_positives", ())})
-    texts = (text for source in (pairs.corpus, (row["positive"] for row in rows)) for text in source)
-    corpus = list(dict.fromkeys(text for text in texts if text.strip()))
-    miner = Miner(make_teacher(corpus), corpus, num_negatives, max_ratio, seed)
-    with tqdm(total=len(rows), desc="Mining negatives", unit="query") as progress:
-        for start in range(0, len(rows), BLOCK):
-            block = rows[start : start + BLOCK]
-            excluded = [positives[row["query"]] | {row["query"]} for row in block]
-            for row, negatives in zip(block, miner.mine(block, excluded)):
-                yield {**_without_known(row), "negatives": negatives}
-            progress.update(len(block))
-    if miner.unranked:
+    corpus = Corpus(distinct_texts(pairs.corpus, rows))
+    miner = Miner(make_teacher(corpus), corpus, num_negatives, rules, seed)
+    yield from miner.mine(rows)
+    if unranked := miner.counts["no document ranked"]:
         logger.warning(
-            f"{name}: {miner.unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word "
+            f"{name}: {unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word "
             "with it), so their negatives are drawn at random"
         )
+
+
+def merge_known_positives(rows: list[dict]) -> list[dict]:
+    """The rows with all positives of their query, of whatever row, as `known_positives`."""
+    positives: dict[str, dict[str, None]] = {}
+    for row in rows:
+        known = positives.setdefault(row["query"], {})
+        known.update(dict.fromkeys([row["positive"], *row.get("known_positives", ())]))
+    return [row | {"known_positives": list(positives[row["query"]])} for row in rows]
+
+
+def distinct_texts(corpus: Sequence[str], rows: Sequence[dict]) -> list[str]:
+    """The distinct texts of a corpus and of its pairs' positives, without those that hold only white space."""
+    texts = (text for source in (corpus, (row["positive"] for row in rows)) for text in source)
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def _without_known(pair: dict) -> dict:
@@ -77,55 +137,91 @@ class Miner:
     """Chooses negatives from a teacher's ranking.
 
     Attributes:
-        unranked: number of queries so far for which the teacher ranked no document.
+        counts: of pairs, so far: "no document ranked" by the teacher, "fewer negatives" than asked for.
     """
 
-    def __init__(self, teacher: Teacher, corpus: Sequence[str], num_negatives: int, max_ratio: float, seed: int):
+    def __init__(self, teacher: Teacher, corpus: Corpus, num_negatives: int, rules: MiningRules, seed: int):
         self.teacher, self.corpus = teacher, corpus
-        self.num_negatives, self.max_ratio = num_negatives, max_ratio
-        self.rng = np.random.default_rng(seed)
-        self.unranked = 0
+        self.num_negatives, self.rules, self.seed = num_negatives, rules, seed
+        self.counts = Counter()
 
-    def mine(self, pairs: Sequence[dict], excluded: Sequence[set[str]]) -> list[list[str]]:
-        """The negatives of each pair, hardest first, none of them among the pair's `excluded` texts."""
+    def mine(self, pairs: Sequence[dict]) -> Iterator[dict]:
+        """Yields the pairs as `mine_negatives`; they have all their `known_positives`."""
+        with tqdm(total=len(pairs), desc="Mining negatives", unit="query") as progress:
+            for start in range(0, len(pairs), self.teacher.block):
+                block = pairs[start : start + self.teacher.block]
+                bounds, found = self._mine_block(block)
+                for pair, bound, negatives in zip(block, bounds, found, strict=True):
+                    self.counts["fewer negatives"] += len(negatives) < self.num_negatives
+                    yield _without_known(pair) | {
+                        "negatives": list(negatives),
+                        "positive_score": float(bound),
+                        "negative_scores": [float(score) for score in negatives.values()],
+                    }
+                progress.update(len(block))
+
+    def _mine_block(self, pairs: Sequence[dict]) -> tuple[np.ndarray, list[dict[str, float]]]:
+        """Each positive's score, and its negatives with theirs, hardest first."""
         queries = [pair["query"] for pair in pairs]
         bounds = self.teacher.pair_scores(queries, [pair["positive"] for pair in pairs])
-        # A share of a score of 0 or less is no stricter limit; there, documents may score as much as the positive.
-        limits = [self.max_ratio * bound if bound > 0 else np.nextafter(bound, np.inf) for bound in bounds]
-        ranked: list[list[str]] = [[] for _ in pairs]
-        unfinished, k = list(range(len(pairs))), SEARCHED
+        limits = [self.rules.limit(bound) for bound in bounds]
+        excluded = [{normalize(text) for text in (pair["query"], *pair["known_positives"])} for pair in pairs]
+        chosen: list[dict[str, float]] = [{} for _ in pairs]
+        unfinished, k = list(range(len(pairs))), min(SEARCHED, self.rules.last_rank or SEARCHED)
+        first = True
         while unfinished:
             deeper = []
             at_once = max(1, RANKS // k)
             for part in (unfinished[i : i + at_once] for i in range(0, len(unfinished), at_once)):
                 scores, positions = self.teacher.search([queries[i] for i in part], k)
-                if k == SEARCHED:
-                    self.unranked += int((positions[:, 0] < 0).sum())
+                if first:
+                    self.counts["no document ranked"] += int((positions[:, 0] < 0).sum())
                 for i, row_scores, row_positions in zip(part, scores, positions):
-                    eligible = row_positions[(row_scores < limits[i]) & (row_positions >= 0)]
-                    texts = (self.corpus[position] for position in eligible)
-                    ranked[i] = list(islice((t for t in texts if t not in excluded[i]), self.num_negatives))
+                    chosen[i] = self._choose(pairs[i], row_scores, row_positions, limits[i], excluded[i])
                     # A positive that scores exactly 0 is one that BM25 cannot rank: nothing is ranked below it.
                     is_exhausted = row_positions[-1] < 0 or bounds[i] == 0 or len(row_positions) < k
-                    if len(ranked[i]) < self.num_negatives and not is_exhausted:
+                    if len(chosen[i]) < self.num_negatives and not is_exhausted:
                         deeper.append(i)
-            unfinished, k = deeper, 10 * k
-        return [self._fill(queries[i], ranked[i], limits[i], excluded[i]) for i in range(len(pairs))]
+            first = False
+            next_k = min(10 * k, self.rules.last_rank or 10 * k)
+            unfinished, k = deeper if next_k > k else [], next_k
+        if self.rules.fill:
+            for i, pair in enumerate(pairs):
+                self._fill(pair, chosen[i], limits[i], excluded[i])
+        return bounds, chosen
 
-    def _fill(self, query: str, ranked: list[str], limit: float, excluded: set[str]) -> list[str]:
+    def _choose(self, pair: dict, scores, positions, limit: float, excluded: set[str]) -> dict[str, float]:
+        """The negatives among a query's ranked documents."""
+        ranks = np.arange(1, len(positions) + 1)
+        passes = (scores < limit) & (positions >= 0) & (ranks >= self.rules.first_rank)
+        eligible = np.flatnonzero(passes)
+        if self.rules.pick == "random":
+            eligible = self._rng(pair, "pick").permutation(eligible)
+        found: dict[str, float] = {}
+        for place in eligible:
+            if len(found) == self.num_negatives:
+                break
+            text = self.corpus[int(positions[place])]
+            if normalize(text) not in excluded:
+                found[text] = scores[place]
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _fill(self, pair: dict, chosen: dict[str, float], limit: float, excluded: set[str]) -> None:
         """Adds random documents that score below `limit` until there are `num_negatives`, or no more documents."""
-        chosen = dict.fromkeys(ranked)
-        draws = 4 * self.num_negatives
+        rng, draws = self._rng(pair, "fill"), 4 * self.num_negatives
         while len(chosen) < self.num_negatives:
             # A small corpus is drawn whole; from a large one a few draws are usually enough.
             everything = draws >= len(self.corpus)
-            drawn = self.rng.choice(len(self.corpus), min(draws, len(self.corpus)), replace=False)
-            texts = [text for text in map(self.corpus.__getitem__, drawn) if text not in excluded]
-            low = self.teacher.pair_scores([query] * len(texts), texts) < limit
-            for text, is_low in zip(texts, low):
-                if is_low and len(chosen) < self.num_negatives:
-                    chosen.setdefault(text)
+            drawn = rng.choice(len(self.corpus), min(draws, len(self.corpus)), replace=False)
+            texts = [self.corpus[int(position)] for position in drawn]
+            texts = [text for text in texts if normalize(text) not in excluded]
+            for text, score in zip(texts, self.teacher.pair_scores([pair["query"]] * len(texts), texts)):
+                if score < limit and len(chosen) < self.num_negatives:
+                    chosen.setdefault(text, score)
             if everything:
                 break
             draws *= 16
-        return list(chosen)
+
+    def _rng(self, pair: dict, purpose: str) -> np.random.Generator:
+        """The same for a pair, whichever pairs it is mined with, and in whichever process."""
+        return np.random.default_rng([self.seed, *map(text_id, (purpose, pair["query"], pair["positive"]))])

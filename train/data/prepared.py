@@ -16,12 +16,20 @@ from transformers.utils.logging import get_logger
 from nvembed.eval.files import sha256, whole
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.mining import mine_negatives
-from nvembed.train.data.source import DatasetSource, check_exists, find_file, is_beir
+from nvembed.train.data.source import DatasetSource, check_exists, find_files, is_beir
 
 
 logger = get_logger(__name__)
 
 MADE_OF = "made_of.json"  # within the folder of tables
+NEWER = (
+    "config",
+    "columns",
+    "label_separator",
+    "set",
+    "mteb",
+    "decontaminate",
+)  # of an entry; runs of earlier versions resume without them
 
 TRIPLET_FEATURES = Features(
     {
@@ -188,9 +196,10 @@ def provenance(source: DatasetSource) -> dict:
     if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
         files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
     else:
-        files = [find_file(source)]
-    digests = {file.name: sha256(file) for file in files if file is not None and file.is_file()}
-    return asdict(source) | {"path": None if digests else source.path, "files": digests}
+        files = find_files(source)
+    digests = {file.name: sha256(file) for file in files if file.is_file()}
+    entry = {name: value for name, value in asdict(source).items() if value is not None or name not in NEWER}
+    return entry | {"path": None if digests else source.path, "files": digests}
 
 
 def first_difference(before: dict, now: dict) -> str:

@@ -4,10 +4,11 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from datasets import load_dataset
 
@@ -34,6 +35,12 @@ class DatasetSource:
         samples: draw at most this many, the same ones for a given seed; None: all.
         weight: the set's share of the blend, relative to the other sets'; None for all sets: by number of triplets.
         name: what logs call it; None: the last part of `path`.
+        config: of a Hub dataset, the configuration to read; of NVIDIA's, the set.
+        columns: the names a kind expects -> the source's column, or several whose texts are joined by a space.
+        label_separator: what separates the labels of a text that has several, as in arXiv's "cs.CL cs.LG".
+        set: the entry of `paper.yaml` that this comes from.
+        mteb: the tasks of mteb whose training data this is, for the checkpoint's certificate.
+        decontaminate: a rule for this set alone (`nvembed.train.data.decontaminate`), in build_data.py.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -47,6 +54,12 @@ class DatasetSource:
     samples: int | None = None
     weight: float | None = None
     name: str | None = None
+    config: str | None = None
+    columns: dict[str, str | list[str]] | None = None
+    label_separator: str | None = None
+    set: str | None = None
+    mteb: list[str] | None = None
+    decontaminate: dict | None = None
 
     def __post_init__(self):
         for name, kinds in FIELD_TYPES.items():
@@ -59,6 +72,12 @@ class DatasetSource:
             raise ValueError(f"{self.path}: samples is {self.samples}; it must be at least 1, or left out for all")
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or left out")
+        for column, origin in (self.columns or {}).items():
+            names = origin if isinstance(origin, list) else [origin]
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{self.path}: columns has {column}: {origin!r}; it takes a column's name, or a list")
+        if self.label_separator == "":
+            raise ValueError(f'{self.path}: label_separator is ""; leave it out for one label a text')
         if self.name is None:
             self.name = Path(self.path).stem
 
@@ -72,20 +91,29 @@ FIELD_TYPES = {
     "samples": (int, type(None)),
     "weight": (float, int, type(None)),
     "name": (str, type(None)),
+    "config": (str, type(None)),
+    "columns": (dict, type(None)),
+    "label_separator": (str, type(None)),
+    "set": (str, type(None)),
+    "mteb": (list, type(None)),
+    "decontaminate": (dict, type(None)),
 }
 
 
-class Pairs(NamedTuple):
+@dataclass
+class Pairs:
     """What the loader of a kind makes from a source.
 
     Args:
         pairs: dictionaries with `query` and `positive`, iterable once. They have `negatives` if `corpus` is None, may
             have `known_positives` (all relevant texts of the query) if it is not, and any other triplet column.
         corpus: the texts to mine negatives from; None: the pairs carry their negatives already.
+        counts: "rows" read, and what was left out of them and why; whole once `pairs` has been iterated.
     """
 
     pairs: Iterable[dict]
     corpus: Sequence[str] | None = None
+    counts: Counter = field(default_factory=Counter)
 
 
 def as_source(entry: DatasetSource | dict | str) -> DatasetSource:
@@ -162,11 +190,17 @@ def check_sources(sources: list[DatasetSource]) -> list[DatasetSource]:
 
 def check_exists(source: DatasetSource) -> None:
     """Raises a `ValueError` if `path` does not exist and cannot be a Hub name either."""
-    if not Path(source.path).exists() and "://" not in source.path and not could_be_hub_name(source.path):
+    if Path(source.path).exists() or "://" in source.path or could_be_hub_name(source.path):
+        return
+    if source.set is not None:
         raise ValueError(
-            f"{source.path} does not exist; in a recipe, relative paths start at the recipe's folder. For recipes "
-            "shipped with nvembed, the comment at the top says where to get the data."
+            f"{source.path} does not exist: build_data.py makes the set {source.set!r} in data_dir "
+            f"{Path(source.path).parent}; without data_dir it is read from the Hub"
         )
+    raise ValueError(
+        f"{source.path} does not exist; in a recipe, relative paths start at the recipe's folder. For recipes "
+        "shipped with nvembed, the comment at the top says where to get the data."
+    )
 
 
 # --- Rows
@@ -178,17 +212,43 @@ def read_rows(source: DatasetSource, required: tuple[str, ...] = ()) -> Iterator
     Raises:
         ValueError: nothing is found at the path, or a row lacks a required column.
     """
-    file = find_file(source)
-    if file is not None:
-        yield from tables.read_table(file, required)
+    for name, row in _stored_rows(source):
+        if source.columns is not None:
+            row = rename_columns(row, source.columns, name)
+        tables.check_columns(row, required, name)
+        yield name, row
+
+
+def _stored_rows(source: DatasetSource) -> Iterator[tuple[str, dict]]:
+    files = find_files(source)
+    if files:
+        for file in files:
+            yield from tables.read_table(file)
         return
     try:
-        table = load_dataset(source.path, split=source.split)
+        table = load_dataset(source.path, source.config, split=source.split)
     except Exception as error:
         raise ValueError(
             f"{source.path!r} is neither a local file or folder nor a dataset found on the Hub: {error}"
         ) from error
-    yield from tables.named_rows(table, f"{source.path}[{source.split}]", required)
+    yield from tables.named_rows(table, f"{source.path}[{source.split}]")
+
+
+def rename_columns(row: dict, columns: dict[str, str | list[str]], name: str) -> dict:
+    """The row with each of `columns` in place of the columns it is made from.
+
+    Raises:
+        ValueError: the row lacks one of these, or one of several to be joined is not a text.
+    """
+    origins = {target: origin if isinstance(origin, list) else [origin] for target, origin in columns.items()}
+    tables.check_columns(row, tuple(column for names in origins.values() for column in names), name)
+    made = {}
+    for target, names in origins.items():
+        made[target] = row[names[0]]
+        if len(names) > 1:
+            made[target] = " ".join(tables.text_of(row, column, name) for column in names).strip()
+    used = {column for names in origins.values() for column in names}
+    return {column: value for column, value in row.items() if column not in used} | made
 
 
 def columns_of(source: DatasetSource) -> set[str]:
@@ -198,23 +258,23 @@ def columns_of(source: DatasetSource) -> set[str]:
     raise ValueError(f"{source.path}: split {source.split!r} is empty; add rows, or leave it out")
 
 
-def find_file(source: DatasetSource) -> Path | None:
-    """The local file that holds the split, or None for a Hub dataset.
+def find_files(source: DatasetSource) -> list[Path]:
+    """The local files that hold the split, in order; empty for a Hub dataset.
 
     Raises:
         ValueError: the path is a folder without a file for the split.
     """
     path = Path(source.path)
     if path.is_file():
-        return path
+        return [path]
     if not path.is_dir():
-        return None
-    if (table := tables.find_table(path, source.split)) is not None:
-        return table
-    found = sorted(entry.name for entry in path.iterdir())
+        return []
+    if found := tables.find_tables(path, source.split):
+        return found
+    entries = sorted(entry.name for entry in path.iterdir())
     raise ValueError(
         f"{path}: unknown dataset layout: no {source.split}.jsonl, .csv or .parquet and no BEIR corpus.jsonl; "
-        f"found {found[:10]}"
+        f"found {entries[:10]}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Teachers rank a corpus for mining: BM25 here, an embedding model behind the same two calls later."""
+"""Teachers rank a corpus for mining: BM25, an embedding model, either of them reranked by a cross-encoder."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import bm25s
@@ -9,12 +9,23 @@ import numpy as np
 import regex
 from bm25s.tokenization import Tokenized, Tokenizer
 
+from nvembed.eval.processes import Embed
+from nvembed.eval.search import exact_search
+from nvembed.eval.vectors import VectorShards
+from nvembed.train.data.corpus import Corpus
+
 
 COMPILED = 100_000  # from so many documents on, compiling the search (8 s) pays: at 1,000,000 it is 150 times as fast
 
 
 class Teacher(Protocol):
-    """Ranks the documents of the corpus it was built on."""
+    """Ranks the documents of the corpus it was built on.
+
+    Attributes:
+        block: how many queries are best searched at a time.
+    """
+
+    block: int
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The `k` best documents for each query.
@@ -29,13 +40,12 @@ class Teacher(Protocol):
 
 
 class BM25:
-    """BM25 (Lucene's, k1 = 1.5, b = 0.75) over the words of `split_words`, lower-case, without English stop words.
+    """BM25 (Lucene's, k1 = 1.5, b = 0.75) over the words of `split_words`, lower-case, without English stop words."""
 
-    Args:
-        corpus: distinct texts.
-    """
+    block = 256
 
-    def __init__(self, corpus: Sequence[str]):
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
         self.tokenizer = Tokenizer(lower=True, splitter=split_words, stopwords="en")
         ids = self.tokenizer.tokenize(corpus, update_vocab=True, show_progress=False, allow_empty=False)
         self.documents = len(corpus)
@@ -44,7 +54,6 @@ class BM25:
             backend = "numba" if self.documents >= COMPILED else "numpy"
             self.index = bm25s.BM25(backend=backend, auto_compile=False)  # indexing itself gains nothing
             self.index.index(Tokenized(ids, self.tokenizer.word_to_id), create_empty_token=False, show_progress=False)
-        self.positions = {text: position for position, text in enumerate(corpus)}
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Teacher.search`; documents that share no word with the query are not ranked."""
@@ -63,9 +72,10 @@ class BM25:
         scores = np.zeros(len(queries), dtype=np.float32)
         distinct = list(dict.fromkeys(queries))  # one query is often scored with many documents
         words = dict(zip(distinct, self._words(distinct)))
-        for row, (query, document) in enumerate(zip(queries, documents, strict=True)):
+        positions = self.corpus.positions(documents)
+        for row, (query, position) in enumerate(zip(queries, positions, strict=True)):
             for word in words[query]:
-                scores[row] += self._word_score(word, self.positions[document])
+                scores[row] += self._word_score(word, position)
         return scores
 
     def _words(self, texts: Sequence[str]) -> list[list[int]]:
@@ -78,6 +88,74 @@ class BM25:
         place = start + np.searchsorted(self.index.scores["indices"][start:end], position)
         holds = place < end and self.index.scores["indices"][place] == position
         return self.index.scores["data"][place] if holds else np.float32(0)
+
+
+class EmbeddingModel:
+    """Ranks by the dot products of an embedding model, exactly; the corpus's vectors stay on disk.
+
+    In memory are, beside the model and the corpus: 4 * width bytes for each of `block` queries, the same for each of
+    50,000 documents, and 24 * k bytes a query for the results (see `exact_search`); that does not grow with the corpus.
+
+    Args:
+        corpus: the texts that `vectors` are of, in the same order.
+        embed: (queries, prefix) -> fp32 `[queries, width]`.
+        prefix: the instruction, as the model reads it before a query.
+
+    Raises:
+        ValueError: there is another number of vectors than of texts.
+    """
+
+    block = 16_384
+
+    def __init__(self, corpus: Corpus, vectors: VectorShards, embed: Embed, prefix: str):
+        if len(vectors) != len(corpus):
+            raise ValueError(f"{vectors.folder} has {len(vectors)} vectors for a corpus of {len(corpus)} texts")
+        self.corpus, self.vectors, self.embed, self.prefix = corpus, vectors, embed, prefix
+        self._embedded: dict[str, np.ndarray] = {}  # of the last queries: they are scored, then searched
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        return exact_search(self._embed(queries), self.vectors.blocks(), k)
+
+    def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+        vectors = self.vectors[self.corpus.positions(documents)]
+        return np.einsum("qd,qd->q", self._embed(queries), vectors)
+
+    def _embed(self, queries: Sequence[str]) -> np.ndarray:
+        distinct = list(dict.fromkeys(queries))
+        if not self._embedded.keys() >= set(distinct):
+            embeddings = self.embed(distinct, self.prefix)
+            if embeddings.shape[1] != self.vectors.width:
+                raise ValueError(
+                    f"{self.vectors.folder} has vectors of width {self.vectors.width}, the teacher's queries have "
+                    f"{embeddings.shape[1]}: they are of another model"
+                )
+            self._embedded = dict(zip(distinct, embeddings))
+        return np.stack([self._embedded[query] for query in queries])
+
+
+class Reranked:
+    """Ranks a first teacher's best documents anew, by a cross-encoder's scores.
+
+    Args:
+        first: finds the documents.
+        score: (query, document) pairs -> one score each, as `sentence_transformers.CrossEncoder.predict`.
+    """
+
+    def __init__(self, corpus: Corpus, first: Teacher, score: Callable[[list[tuple[str, str]]], np.ndarray]):
+        self.corpus, self.first, self.score = corpus, first, score
+        self.block = first.block
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        _, positions = self.first.search(queries, k)
+        rows, columns = np.nonzero(positions >= 0)
+        texts = [self.corpus[int(position)] for position in positions[rows, columns]]
+        scores = np.full(positions.shape, -np.inf, dtype=np.float32)
+        scores[rows, columns] = self.score([(queries[row], text) for row, text in zip(rows, texts)]) if texts else []
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+
+    def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+        return np.asarray(self.score(list(zip(queries, documents))), dtype=np.float32)
 
 
 # Scripts that are written without spaces between words.

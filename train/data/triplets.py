@@ -10,6 +10,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from transformers.utils.logging import get_logger
@@ -39,20 +40,29 @@ def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
         ValueError: a row lacks a field or has it twice, has an empty text, or another number of scores than texts;
             file and line are named.
     """
-    count, have_negatives = survey(source)
+    rows, count, have_negatives = survey(source)
     chosen = None if source.samples is None else set(sample(list(range(count)), source.samples, seed))
     triplets = (triplet for name, row in read_rows(source) for triplet in triplets_of(name, row))
     triplets = (triplet for position, triplet in enumerate(triplets) if chosen is None or position in chosen)
+    counts = Counter(rows=rows)
+    if count > rows:
+        counts["further positives"] = count - rows
+    if chosen is not None and len(chosen) < count:
+        counts["not sampled"] = count - len(chosen)
     if have_negatives:
-        return Pairs(triplets)
+        return Pairs(triplets, counts=counts)
     pairs = list(triplets)
-    return Pairs(pairs, [pair["positive"] for pair in pairs])
+    return Pairs(pairs, [pair["positive"] for pair in pairs], counts)
 
 
-def survey(source: DatasetSource) -> tuple[int, bool]:
-    """How many triplets the rows make, and whether any row has negatives; warns of columns that hold unread texts."""
-    count, have_negatives, unread = 0, False, set()
+def survey(source: DatasetSource) -> tuple[int, int, bool]:
+    """How many rows there are, how many triplets they make, and whether any has negatives.
+
+    Warns of columns that hold unread texts.
+    """
+    rows, count, have_negatives, unread = 0, 0, False, set()
     for _, row in read_rows(source):
+        rows += 1
         positives = next((row[column] for column in POSITIVE if row.get(column) is not None), None)
         count += len(positives) if isinstance(positives, list) else 1
         have_negatives = have_negatives or any(row[column] for column in _negative_columns(row))
@@ -63,7 +73,7 @@ def survey(source: DatasetSource) -> tuple[int, bool]:
             f"{source.path}: {names} hold texts that are not read; columns that are: {', '.join(QUERY)}; "
             f"{', '.join(POSITIVE)}; {', '.join(NEGATIVES)}, negative_<n>"
         )
-    return count, have_negatives
+    return rows, count, have_negatives
 
 
 def triplets_of(name: str, row: Mapping) -> list[dict]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nvembed.train.data import mining, teachers
+from nvembed.train.data.corpus import Corpus
 from nvembed.train.data.mining import mine_negatives
 from nvembed.train.data.prepared import write_jsonl
 from nvembed.train.data.source import Pairs
@@ -17,8 +18,10 @@ from nvembed.train.data.teachers import BM25, split_words
 class Fixed:
     """A teacher with one row of scores for every query, as an embedding model has: it tells all documents apart."""
 
+    block = 3
+
     def __init__(self, corpus, scores):
-        self.corpus = corpus
+        self.corpus = list(corpus)
         self.row = np.array(scores, dtype=np.float32)
 
     def search(self, queries, k):
@@ -39,7 +42,9 @@ def test_negatives_are_the_best_below_the_threshold():
     pair = {"query": "q", "positive": "pos", "known_positives": ["pos", "also right"]}
     corpus = ["pos", "too close", "best", "also right", "second", "third", "q"]
     (triplet,) = mine([pair], corpus, 2, [10.0, 9.6, 9.4, 8.0, 5.0, 1.0, 9.0])  # threshold 0.95 * 10
-    assert triplet == {"query": "q", "positive": "pos", "negatives": ["best", "second"]}
+    scores = pytest.approx([9.4, 5.0])
+    expected = {"query": "q", "positive": "pos", "negatives": ["best", "second"]}
+    assert triplet == expected | {"positive_score": 10.0, "negative_scores": scores}
 
 
 def test_a_candidate_too_close_is_no_negative_even_where_others_lack():
@@ -62,7 +67,7 @@ def test_mined_negatives_equal_a_direct_loop():
     texts = [" ".join(rng.choices("abcdefghijklmnop", k=6)) + f" w{i}" for i in range(300)]
     pairs = [{"query": " ".join(rng.choices("abcdefghijklmnop", k=3)), "positive": text} for text in texts[:40]]
     corpus = list(dict.fromkeys(texts))
-    teacher = BM25(corpus)
+    teacher = BM25(Corpus(corpus))
     for triplet in mine(pairs, texts, 7):
         query, positive = triplet["query"], triplet["positive"]
         same_query = {pair["positive"] for pair in pairs if pair["query"] == query}
@@ -104,7 +109,7 @@ def test_words_of_every_script(text, words):
 
 def bm25_scores(query, corpus):
     """The scores of all documents: by search, where it ranks them, and the same by pairs."""
-    teacher = BM25(corpus)
+    teacher = BM25(Corpus(corpus))
     (scores,), (positions,) = teacher.search([query], len(corpus))
     assert (np.diff(scores) <= 0).all()
     row = np.zeros(len(corpus), dtype=np.float32)
@@ -164,7 +169,7 @@ def test_bm25_scores_equal_a_direct_loop():
 @pytest.mark.slow
 def test_the_compiled_search_of_large_corpora_gives_the_same_scores(monkeypatch):
     rng = random.Random(0)
-    corpus = list({" ".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(500)})
+    corpus = Corpus(sorted({" ".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(500)}))
     queries = [" ".join(rng.choices("abcdefghijklmnop", k=3)) for _ in range(50)]
     teacher = BM25(corpus)
     expected, _ = teacher.search(queries, 20)
@@ -178,7 +183,7 @@ def test_the_compiled_search_of_large_corpora_gives_the_same_scores(monkeypatch)
 
 
 def test_a_query_of_unknown_words_ranks_nothing():
-    scores, positions = BM25(["red apples", "boats"]).search(["zzz", "boats"], 5)
+    scores, positions = BM25(Corpus(["red apples", "boats"])).search(["zzz", "boats"], 5)
     assert scores[0].tolist() == [0.0, 0.0]
     assert positions.tolist() == [[-1, -1], [1, -1]]
 

@@ -1,0 +1,121 @@
+"""Builds training data: reads every set of a recipe, decontaminates it, mines hard negatives and writes triplets.
+
+python train/build_data.py --recipe train/recipes/paper-data.yaml --output_dir runs/paper-data --tasks 8
+python train/build_data.py --list
+
+Run it again to resume. What it writes is described in docs/data.md; training reads it with `data_dir:`.
+"""
+
+import sys
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from nvembed.eval.files import write_json
+from nvembed.eval.shards import ExecutorArguments
+from nvembed.train.arguments import find_recipe
+from nvembed.train.data.build import BuildSettings, TeacherSettings, build, claim_output, teacher_name
+from nvembed.train.data.data_page import write_page
+from nvembed.train.data.decontaminate import read_rule
+from nvembed.train.data.mining import MiningRules
+from nvembed.train.data.sets import as_source, list_sets
+from nvembed.train.data.source import check_exists, check_sources, resolve_entry
+
+
+LIBRARIES = ("nvembed", "datasets", "pyarrow", "bm25s", "faiss-cpu", "datatrove", "transformers")
+
+
+@dataclass
+class BuildArguments(ExecutorArguments):
+    recipe: str | None = field(
+        default=None, metadata={"help": "YAML file, or the name of one that comes with nvembed."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to build in; run again to resume."})
+    sets: list[str] | None = field(default=None, metadata={"help": "Of the recipe's sets, build these alone."})
+    list: bool = field(default=False, metadata={"help": "Print the table of the paper's sets and stop."})
+
+
+def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
+    """A recipe's settings, the paths of its data relative to its folder.
+
+    Raises:
+        ValueError: it is not a mapping, has an unknown key, or a value is invalid.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("datasets"), list):
+        raise ValueError(f"{path} has no list `datasets:`")
+    check_keys(content, BuildSettings, str(path))
+    sources = [as_source(resolve_entry(entry, path.parent)) for entry in content["datasets"]]
+    if only is not None:
+        if unknown := sorted(set(only) - {source.name for source in sources}):
+            raise ValueError(f"--sets {unknown[0]!r} is not in {path}; its sets are {[s.name for s in sources]}")
+        sources = [source for source in sources if source.name in only]
+    for source in check_sources(sources):
+        check_exists(source)
+    content["datasets"] = sources
+    for name, kind in (("teacher", TeacherSettings), ("mining", MiningRules)):
+        if content.get(name) is not None:
+            check_keys(content[name], kind, f"{path}: {name}")
+            content[name] = kind(**content[name])
+    if content.get("decontaminate") is not None:
+        rule = read_rule(content["decontaminate"])
+        against = [str(path.parent / name) if (path.parent / name).is_file() else name for name in rule.against]
+        content["decontaminate"] = replace(rule, against=against)
+    settings = BuildSettings(**content)
+    for name in ("num_negatives", "shard_rows", "corpus_shard_rows"):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be 1 or more")
+    return settings
+
+
+def check_keys(content: object, kind: type, where: str) -> None:
+    """Raises a `ValueError` if a mapping has a key that the dataclass does not."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is {content!r}, not a mapping")
+    known = [one.name for one in fields(kind)]
+    if unknown := sorted(content.keys() - set(known)):
+        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def run(args: BuildArguments) -> dict:
+    """Builds, and writes `manifest.json` and `DATA.md`; returns the manifest.
+
+    Raises:
+        ValueError: as `read_recipe`, `claim_output` and `build`.
+    """
+    if args.recipe is None or args.output_dir is None:
+        raise ValueError("--recipe and --output_dir are needed, or --list")
+    settings, output = read_recipe(find_recipe(args.recipe), args.sets), Path(args.output_dir)
+    claim_output(settings, output)
+    sets = build(settings, output, args)
+    manifest = {
+        "num_negatives": settings.num_negatives,
+        "seed": settings.seed,
+        "teacher": teacher_name(settings.teacher),
+        "sets": sets,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    write_page(sets, manifest, output)
+    write_json(output / "manifest.json", manifest)
+    return manifest
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(BuildArguments, description=__doc__).parse_args_into_dataclasses()
+    if args.list:
+        print(list_sets())
+        return
+    try:
+        manifest = run(args)
+    except ValueError as error:
+        sys.exit(f"build_data: {error}")
+    triplets = sum(one["counts"]["mine"]["triplets"] for one in manifest["sets"].values())
+    print(f"{triplets:,} triplets of {len(manifest['sets'])} sets in {args.output_dir}; look at its DATA.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The paper's sets by name: `paper.yaml` as data, and a recipe's `{set: msmarco}` as a `DatasetSource`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.tasks.instructions import find_instruction
+from nvembed.train.data import source
+from nvembed.train.data.source import DatasetSource
+
+
+FILE = Path(__file__).with_name("paper.yaml")
+
+# What an entry says to training; the rest is about the set.
+OF_SOURCE = (
+    "path", "kind", "split", "instruction", "symmetric", "samples", "config", "columns", "label_separator", "mteb",
+    "decontaminate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """An entry of `paper.yaml`; see there for its fields."""
+
+    name: str
+    kind: str
+    license: str
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    columns: dict[str, str | list[str]] | None = None
+    label_separator: str | None = None
+    instruction: str | None = None
+    symmetric: bool | None = None
+    samples: int | None = None
+    mteb: list[str] | None = None
+    decontaminate: dict | None = None
+    checked: str | None = None
+    note: str | None = None
+
+    def __post_init__(self):
+        if self.path is None and self.note is None:
+            raise ValueError(f"{FILE.name}: {self.name} has neither a path nor a note on what to give instead")
+        if self.instruction is None and self.mteb:
+            found = find_instruction(self.mteb[0], "STS" if self.kind == "sts" else "")
+            object.__setattr__(self, "instruction", None if found is None else found.query)
+
+
+@cache
+def known_sets(file: Path = FILE) -> Mapping[str, KnownSet]:
+    """All sets of a registry by name.
+
+    Raises:
+        ValueError: an entry lacks a field or has an unknown one.
+    """
+    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    known = {one.name for one in fields(KnownSet)}
+    for name, entry in entries.items():
+        if unknown := sorted(entry.keys() - known):
+            raise ValueError(
+                f"{file.name}: {name} has unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}"
+            )
+        if missing := sorted({"kind", "license"} - entry.keys()):
+            raise ValueError(f"{file.name}: {name} has no {missing[0]}")
+    return {name: KnownSet(name, **entry) for name, entry in entries.items()}
+
+
+def find_set(name: object) -> KnownSet:
+    """Raises a `ValueError` if there is no set of this name."""
+    if name not in known_sets():
+        raise ValueError(f"datasets: there is no set {name!r}; the sets are {', '.join(known_sets())}")
+    return known_sets()[name]
+
+
+def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) -> DatasetSource:
+    """A recipe's entry as a `DatasetSource`; keys beside `set` override what `paper.yaml` says.
+
+    Args:
+        data_dir: a folder that `build_data.py` wrote: sets are read from there, as they were built.
+
+    Raises:
+        ValueError: as `source.as_source`; the set does not exist, or has no public source.
+    """
+    if not isinstance(entry, dict) or "set" not in entry or entry.get("set") is None:
+        return source.as_source(entry)
+    known = find_set(entry["set"])
+    given = {"name": known.name} | entry
+    if data_dir is not None and "path" not in entry:
+        return source.as_source({"path": str(Path(data_dir, known.name)), "kind": "triplets"} | given)
+    told = {name: getattr(known, name) for name in OF_SOURCE if getattr(known, name) is not None}
+    if "path" not in told | given:
+        raise ValueError(
+            f"datasets: the set {known.name!r} has no public source that can be read: {known.note}, as "
+            f"{{set: {known.name}, path: ...}}"
+        )
+    if "path" in entry and "kind" not in entry:
+        told.pop("kind")  # a file of one's own may be in another layout
+    return source.as_source(told | given)
+
+
+def list_sets() -> str:
+    """The table of all sets in Markdown."""
+    rows = [["set", "source", "kind", "samples", "license", "checked", "decontaminated against"]]
+    for known in known_sets().values():
+        place = known.path or f"none: {known.note}"
+        against = ", ".join((known.decontaminate or {}).get("against", [])) or "-"
+        samples = "all" if known.samples is None else f"{known.samples:,}"
+        config = f" ({known.config})" if known.config else ""
+        rows.append([known.name, place + config, known.kind, samples, known.license, known.checked or "no", against])
+    return markdown_table(rows, len(rows[0]))
