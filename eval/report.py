@@ -24,6 +24,7 @@ from nvembed.eval.results import category_averages, eval_results
 
 # Okabe and Ito's colours, which people with any colour blindness tell apart; hatches serve in grey.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+SEEN = " *"  # beside scores of tasks whose training data the model has seen
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
@@ -167,15 +168,21 @@ def average_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def task_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and one row per task: type, metric, each run's score, and its difference to NV-Embed-v2's."""
+def task_rows(comparison: Comparison, marks: bool = False) -> list[list[str]]:
+    """Header and one row per task: type, metric, each run's score, and its difference to NV-Embed-v2's.
+
+    Args:
+        marks: mark scores of tasks that the model has seen training data of.
+    """
     names = [run.name for run in comparison.runs]
     beside = ["NV-Embed-v2", *(f"{name} - NV-Embed-v2" for name in names)] if comparison.released else []
     rows = [["task", "type", "metric", *names, *beside]]
     for task in sorted(comparison.types, key=lambda task: comparison.categories.index(comparison.types[task])):
         metric = next((run.details[task]["metric"] for run in comparison.runs if task in run.details), "-")
         scores = [run.tasks.get(task) for run in comparison.runs]
-        row = [task, comparison.types[task], metric, *map(_percent, scores)]
+        seen = [run.details.get(task, {}).get("training_data") == "seen" for run in comparison.runs]
+        shown = [_percent(score) + SEEN * (marks and was_seen) for score, was_seen in zip(scores, seen)]
+        row = [task, comparison.types[task], metric, *shown]
         if beside:
             known = comparison.released.get(task)
             row.append(_percent(known))
@@ -207,8 +214,22 @@ def markdown_report(comparison: Comparison) -> str:
         notes.append("None of these tasks is the paper's, so its models have no row.")
     return (
         f"# Scores\n\n{' '.join(notes)}\n\n![Averages by category](report.png)\n\n"
-        f"{markdown_table(average_rows(comparison))}\n\n## Tasks\n\n{markdown_table(task_rows(comparison), 3)}\n"
+        f"{markdown_table(average_rows(comparison))}\n\n## Tasks\n\n{seen_note(comparison)}"
+        f"{markdown_table(task_rows(comparison, marks=True), 3)}\n"
     )
+
+
+def seen_note(comparison: Comparison) -> str:
+    """What the marks mean, and for which models nothing is known."""
+    unknown = [run.name for run in comparison.runs if not known_training_data(run)]
+    note = "\\* Training data of the task's own set was trained on; scores without it are zero-shot."
+    if len(unknown) == len(comparison.runs):
+        return ""
+    return note + (f" Not known for {', '.join(unknown)}.\n\n" if unknown else "\n\n")
+
+
+def known_training_data(run: Run) -> bool:
+    return any(detail.get("training_data") in ("seen", "zero-shot") for detail in run.details.values())
 
 
 # --- Chart

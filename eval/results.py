@@ -23,6 +23,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from nvembed.eval.files import digest_files, write_json
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.tasks.instructions import TaskInstruction
+from nvembed.eval.training_data import is_seen, mark
 
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,18 @@ def main_score(task: AbsTask, result: TaskResult) -> float:
     return score
 
 
-def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model: LoadedModel) -> dict:
-    """`summary.json`: scores 0 to 1, averaged as in the paper: a category over its tasks, `average` over all tasks."""
+def summarize(
+    tasks: Iterable[AbsTask],
+    results: Mapping[str, TaskResult],
+    model: LoadedModel,
+    certificate: Mapping | None = None,
+) -> dict:
+    """`summary.json`: scores 0 to 1, averaged as in the paper: a category over its tasks, `average` over all tasks.
+
+    Args:
+        certificate: what the model was trained on (`nvembed.eval.training_data`).
+    """
+    tasks = list(tasks)
     scores = {task.metadata.name: main_score(task, results[task.metadata.name]) for task in tasks}
     types = {task.metadata.name: task.metadata.type for task in tasks}
     return {
@@ -135,7 +146,9 @@ def summarize(tasks: Iterable[AbsTask], results: Mapping[str, TaskResult], model
         "model": model.name,
         "revision": model.revision,
         "mteb": mteb.__version__,
-        "details": {task.metadata.name: describe(task) for task in tasks},
+        "details": {
+            task.metadata.name: describe(task) | {"training_data": mark(is_seen(task, certificate))} for task in tasks
+        },
     }
 
 
@@ -182,12 +195,12 @@ def score_table(summary: dict, seconds: Mapping[str, float]) -> str:
         summary["tasks"], key=lambda name: list(summary["categories"]).index(summary["details"][name]["type"])
     )
     width = max(map(len, [*names, *summary["categories"]])) + 2
-    lines = [f"{'task':<{width}}{'type':<20}{'metric':<26}{'score':>7}{'seconds':>10}"]
+    lines = [f"{'task':<{width}}{'type':<20}{'metric':<26}{'score':>7}{'seconds':>10}  training data"]
     for name in names:
         detail = summary["details"][name]
         lines.append(
             f"{name:<{width}}{detail['type']:<20}{detail['metric']:<26}{100 * summary['tasks'][name]:>7.2f}"
-            f"{seconds[name]:>10.1f}"
+            f"{seconds[name]:>10.1f}  {detail['training_data']}"
         )
     lines.append("")
     lines += [f"{name:<{width + 46}}{100 * score:>7.2f}" for name, score in summary["categories"].items()]

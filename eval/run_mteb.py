@@ -15,6 +15,7 @@ from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.measure import is_measured, measure
 from nvembed.eval.processes import split_over_processes
 from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
+from nvembed.eval.training_data import read_training_data
 
 
 @dataclass
@@ -48,7 +49,8 @@ def run(args: MtebArguments) -> dict | None:
         if kept := sum(is_measured(task, encoder, cache) for task in tasks):
             print(f"{kept} of {len(tasks)} tasks were measured before")
         measured = measure(tasks, encoder, cache)
-        summary = results.summarize(tasks, measured, model)
+        certificate = read_training_data(args.model, args.revision)
+        summary = results.summarize(tasks, measured, model, certificate)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}
         print(f"\n{model.name} at {model.revision}, {model.max_length} tokens, percent")

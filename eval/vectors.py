@@ -66,7 +66,8 @@ def write_shard(path: Path, ids: Sequence[str], embeddings: np.ndarray, dtype: s
         scales = np.abs(embeddings).max(axis=1, initial=0).astype(np.float32) / LARGEST
         embeddings = np.rint(embeddings / np.where(scales > 0, scales, 1)[:, None])
         np.save(path / "scales.npy", scales)
-    stored = embeddings.astype(DTYPES[dtype])
+    with np.errstate(over="ignore"):  # checked below
+        stored = embeddings.astype(DTYPES[dtype])
     if not np.isfinite(stored).all():
         raise ValueError(f"{path}: embeddings of up to {np.abs(embeddings).max():g} do not fit {dtype}; use float32")
     np.save(path / "vectors.npy", stored)

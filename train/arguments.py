@@ -177,6 +177,13 @@ class StageArguments(TrainingArguments):
         default=True, metadata={"help": "Candidates from the whole batch (stage 1) or from the row alone (stage 2)."}
     )
     temperature: float = field(default=0.02, metadata={"help": "Divisor of the cosine similarities in the loss."})
+    false_negative_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out in-batch candidates that the model, and hard negatives that the data's teacher, scores "
+            "at least the positive's score plus this (0.1 in Qwen3-Embedding). None: off, as in the paper."
+        },
+    )
     weight_decay: float = field(default=0.03, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(default=50, metadata={"help": "Linear warm-up: steps, or below 1 a share of them."})
     batch_size: int | None = field(

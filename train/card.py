@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.results import describe, eval_results
+from nvembed.eval.training_data import FILE, is_seen, mark, training_datasets
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.arguments import DataArguments, StageArguments
 from nvembed.train.checkpoints import CARD
@@ -36,10 +37,11 @@ TRAINING = "\n## Training\n"  # the last section; a stage copies its base's and 
 NO_CARD = (OSError, ValueError, YAMLError, HfHubHTTPError, OfflineModeIsEnabled)
 
 SETTINGS = (
-    "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed", "bf16", "dtype",
-    "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "lora_modules_to_save", "gradient_checkpointing", "gradient_accumulation_steps", "processes",
+    "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives",
+    "false_negative_margin", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed",
+    "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing", "gradient_accumulation_steps",
+    "processes",
 )  # fmt: skip
 
 
@@ -58,6 +60,7 @@ class TrainingRun:
         settings: name -> value as text; a setting that changed at a resume lists all its values.
         history: the Trainer's log.
         tasks: the tasks measured during training.
+        certificate: what this and earlier stages were trained on (`nvembed.train.certificate`).
         saved_step: step whose weights are saved; None: the last one.
     """
 
@@ -72,6 +75,7 @@ class TrainingRun:
     settings: dict[str, str]
     history: Sequence[dict]
     tasks: Sequence[AbsTask]
+    certificate: dict | None = None
     saved_step: int | None = None
 
 
@@ -83,6 +87,7 @@ def describe_run(
     blend: Blend,
     state: TrainerState,
     tasks: Sequence[AbsTask] | None,
+    certificate: dict | None = None,
 ) -> TrainingRun:
     """Gathers what `write_card` needs, after training; `state` is the Trainer's."""
     history = state.log_history
@@ -99,6 +104,7 @@ def describe_run(
         settings=describe_settings({**settings, "steps": steps}, record),
         history=list(history),
         tasks=list(tasks or ()),
+        certificate=certificate,
         saved_step=state.best_global_step if training_args.load_best_model_at_end else None,
     )
 
@@ -150,6 +156,8 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     text = f"# {name.split('/')[-1]}\n\n{introduction(run, base_model)}\n\n## Usage\n\n{usage(run, name, adapter)}\n"
     if scores:
         text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
+    if run.certificate is not None:
+        text += f"\n## Training data\n\n{training_data_text(run.certificate)}\n"
     text += f"{TRAINING}{earlier}\n### {heading}\n\n{training_text(run)}\n"
     if points:
         text += f"\n![Loss by step]({curve})\n"
@@ -254,13 +262,26 @@ def last_scores(run: TrainingRun) -> dict[str, float]:
 def evaluation_table(run: TrainingRun) -> str:
     points = measurements(run)
     shown = points if len(points) <= 4 else [*points[:3], points[-1]]
-    rows = [["task", "metric", *(f"step {entry['step']}" for entry in shown)]]
+    rows = [["task", "metric", "training data", *(f"step {entry['step']}" for entry in shown)]]
     for task in run.tasks:
         name = task.metadata.name
-        rows.append(
-            [name, task.metadata.main_score.replace("_", " "), *(f"{100 * e[f'eval_{name}']:.2f}" for e in shown)]
-        )
-    return "Held-out tasks by mteb's classes, in percent, measured during training.\n\n" + markdown_table(rows, 2)
+        scores = [f"{100 * entry[f'eval_{name}']:.2f}" for entry in shown]
+        seen = mark(is_seen(task, run.certificate))
+        rows.append([name, task.metadata.main_score.replace("_", " "), seen, *scores])
+    text = "Held-out tasks by mteb's classes, in percent, measured during training. Seen: training data of the same "
+    return f"{text}set was trained on; zero-shot: none was.\n\n" + markdown_table(rows, 3)
+
+
+def training_data_text(certificate: dict) -> str:
+    """The sets of all stages as mteb names them, for the leaderboard's entry of the model."""
+    names = sorted(training_datasets(certificate))
+    listed = "".join(f'    "{name}",\n' for name in names)
+    code = f"training_datasets = {{\n{listed}}}" if names else "training_datasets = set()"
+    return (
+        f"[`{FILE}`]({FILE}) says for every stage which sets were trained on, with digests of their files, and what "
+        "was dropped from them for being too close to test sets. The tasks of mteb whose training data is in it, as "
+        f"`mteb.ModelMeta` takes them:\n\n```python\n{code}\n```"
+    )
 
 
 def training_text(run: TrainingRun) -> str:

@@ -21,10 +21,11 @@ class TripletCollator:
     """Makes one training batch of triplets.
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
-    "datasets": [...]}`: `chunks` are packed texts for the model (see `nvembed.texts_nvembed.pack`), queries, positives
-    and negatives alike, the longest in the last. Of their embeddings, concatenated in order, `query_index[i]` is the
-    query of row i and `passage_index[i, j]` its j-th passage, the positive first. Where a row has fewer than
-    `num_negatives` negatives, the empty slots have the id `NO_TEXT` and index 0. `datasets[i]` is row i's data set.
+    "datasets": [...], "false_negatives": ...}`: `chunks` are packed texts for the model (see
+    `nvembed.texts_nvembed.pack`), queries, positives and negatives alike, the longest in the last. Of their embeddings,
+    concatenated in order, `query_index[i]` is the query of row i and `passage_index[i, j]` its j-th passage, the
+    positive first. Where a row has fewer than `num_negatives` negatives, the empty slots have the id `NO_TEXT` and
+    index 0. `datasets[i]` is row i's data set.
 
     Args:
         tokenizer: the checkpoint's.
@@ -32,6 +33,8 @@ class TripletCollator:
         max_length: tokens of a text with its instruction.
         num_negatives: hard negatives per row; a triplet with more gives its first ones, the hardest if mined.
         chunk_tokens: at most this many tokens per chunk (a longer text gets its own chunk); None: one chunk.
+        false_negative_margin: leave out hard negatives that the data's teacher scored at least the positive's score
+            plus this; `false_negatives[i]` says how many of row i. None: off.
 
     Raises:
         ValueError: `max_length` exceeds the decoder's positions.
@@ -42,6 +45,7 @@ class TripletCollator:
     max_length: int = 512
     num_negatives: int = 7
     chunk_tokens: int | None = None
+    false_negative_margin: float | None = None
 
     def __post_init__(self):
         positions = self.config.text_config.max_position_embeddings
@@ -57,11 +61,13 @@ class TripletCollator:
         def place(instruction: str, text: str) -> int:
             return position.setdefault((instruction, text), len(position))
 
-        queries, passages, query_ids, passage_ids = [], [], [], []
+        queries, passages, query_ids, passage_ids, false_negatives = [], [], [], [], []
         for triplet in triplets:
             instruction = format_instruction(triplet["instruction"])
             on_passages = instruction if triplet["symmetric"] else ""
-            negatives = triplet["negatives"][: self.num_negatives]
+            negatives = self._true_negatives(triplet)
+            false_negatives.append(len(triplet["negatives"]) - len(negatives))
+            negatives = negatives[: self.num_negatives]
             texts = [triplet["positive"], *negatives]
             empty = self.num_negatives - len(negatives)
             queries.append(place(instruction, triplet["query"]))
@@ -83,4 +89,13 @@ class TripletCollator:
             "query_ids": torch.tensor(query_ids),
             "passage_ids": torch.tensor(passage_ids),
             "datasets": [triplet["dataset"] for triplet in triplets],
+            "false_negatives": torch.tensor(false_negatives),
         }
+
+    def _true_negatives(self, triplet: dict) -> list[str]:
+        """The negatives that the teacher, if the triplet has its scores, put clearly below the positive."""
+        negatives, scores, positive = (triplet.get(key) for key in ("negatives", "negative_scores", "positive_score"))
+        if self.false_negative_margin is None or scores is None or positive is None:
+            return negatives
+        limit = positive + self.false_negative_margin
+        return [text for text, score in zip(negatives, scores, strict=True) if score < limit]

@@ -27,7 +27,8 @@ PEAK_FLOPS = {
 class LogWindow:
     """Collects figures of the batches between two logs, over all processes."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device, count_false_negatives: bool = False):
+        self.count_false_negatives = count_false_negatives
         self.flops = flops_per_token(model)
         self.peak = peak_flops(device)
         self._clear()
@@ -38,7 +39,9 @@ class LogWindow:
     def add(self, batch: Mapping, rows: Contrast) -> None:
         """Adds a batch; its figures stay on the device until the log."""
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
-        self.rows.append(torch.stack([figure.detach().float() for figure in rows]))
+        left_out = rows.false_negatives + batch["false_negatives"].to(rows.false_negatives.device)
+        figures = (rows.losses, rows.positive, rows.hardest_negative, left_out)
+        self.rows.append(torch.stack([figure.detach().float() for figure in figures]))
         self.datasets += batch["datasets"]
 
     def leave_out(self, seconds: float) -> None:
@@ -51,19 +54,19 @@ class LogWindow:
         `tokens_per_second` counts each distinct text of a process's batch once and no padding; `share_of_peak` sets the
         arithmetic of one forward and one backward pass over them against the device's peak (on GPUs that
         `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>` are of this
-        window; similarities are cosines, means over the rows.
+        window; similarities are cosines, means over the rows. `false_negatives`, if they are left out, is how many.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
         """
         seconds, sums = time.perf_counter() - self.start, defaultdict(lambda: [0, 0.0])
         positive, hardest = [0, 0.0], [0, 0.0]
-        figures = torch.cat(self.rows, dim=1).tolist() if self.rows else [[], [], []]
+        *figures, left_out = torch.cat(self.rows, dim=1).tolist() if self.rows else [[], [], [], []]
         for dataset, loss, close, near in zip(self.datasets, *figures, strict=True):
             for place, figure in ((sums[dataset], loss), (positive, close), (hardest, near)):
                 if figure != float("-inf"):  # a row without negatives
                     place[0], place[1] = place[0] + 1, place[1] + figure
-        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest)])
+        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out))])
         self._clear()
 
         if any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
@@ -79,6 +82,8 @@ class LogWindow:
         for name, place in (("positive_similarity", 2), ("hardest_negative_similarity", 3)):
             if count := sum(part[place][0] for part in everywhere):
                 logs[name] = round(sum(part[place][1] for part in everywhere) / count, 4)
+        if self.count_false_negatives:
+            logs["false_negatives"] = int(sum(part[4] for part in everywhere))
         for dataset in sorted({name for part in everywhere for name in part[1]}):
             parts = [part[1][dataset] for part in everywhere if dataset in part[1]]
             samples = sum(count for count, _ in parts)

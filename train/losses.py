@@ -19,6 +19,7 @@ class Contrast(NamedTuple):
     losses: Tensor
     positive: Tensor
     hardest_negative: Tensor  # -inf for a row without negatives
+    false_negatives: Tensor  # how many candidates of other rows were left out as likely positives
 
 
 def contrast(
@@ -28,6 +29,7 @@ def contrast(
     passage_ids: Tensor,
     temperature: float = 0.02,
     in_batch_negatives: bool = True,
+    false_negative_margin: float | None = None,
 ) -> Contrast:
     """InfoNCE: cross-entropy of the positive among the candidates, on cosine similarity / temperature.
 
@@ -47,6 +49,9 @@ def contrast(
         passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` in empty slots.
         temperature: divisor of the similarities; the paper gives none, 0.02 is NVIDIA's later setting.
         in_batch_negatives: whether candidates come from the whole batch (stage 1) or from the row alone (stage 2).
+        false_negative_margin: leave out candidates of other rows whose similarity to the query is at least the
+            positive's plus this: they are likely to answer it, too. Not in the paper; Qwen3-Embedding (arXiv
+            2506.05176) uses 0.1. None: off.
 
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not match.
@@ -74,10 +79,17 @@ def contrast(
     # These tensors, rows x candidates, are the largest of a step, so most of this is done in place.
     target = target[:, None]
     positive = similarity.detach().gather(1, target)
+    false_negatives = torch.zeros(rows, dtype=torch.long, device=queries.device)
+    if false_negative_margin is not None and in_batch_negatives:
+        likely = similarity.detach() >= positive + false_negative_margin
+        likely.scatter_(1, target + torch.arange(per_row, device=queries.device), False)  # the row's own are no guess
+        likely &= ~excluded
+        false_negatives = likely.sum(1)
+        excluded |= likely
     hardest_negative = similarity.detach().masked_fill(excluded.scatter_(1, target, True), float("-inf")).amax(1)
     similarity = similarity.masked_fill_(excluded.scatter_(1, target, False), float("-inf"))
     losses = F.cross_entropy(similarity.div_(temperature), target.squeeze(1), reduction="none")
-    return Contrast(losses, positive.squeeze(1), hardest_negative)
+    return Contrast(losses, positive.squeeze(1), hardest_negative, false_negatives)
 
 
 def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
 APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
-    "processes",
+    "processes", "false_negative_margin",
 )  # fmt: skip
 # Settings that may not change, and why.
 REFUSED = {

@@ -20,6 +20,7 @@ from nvembed.train.arguments import (
     settings_of,
 )
 from nvembed.train.card import describe_run, write_card
+from nvembed.train.certificate import certify, write_certificate
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
@@ -80,13 +81,23 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         eval_max_length=data_args.max_length,
         record=record,
         data_collator=TripletCollator(
-            model.tokenizer, model.config, data_args.max_length, data_args.num_negatives, data_args.chunk_tokens
+            model.tokenizer,
+            model.config,
+            data_args.max_length,
+            data_args.num_negatives,
+            data_args.chunk_tokens,
+            training_args.false_negative_margin,
         ),
     )
     trainer.train(resume_from_checkpoint=resume)
 
     def write_cards(folder: Path, is_adapter: bool) -> None:
-        run = describe_run(settings, record, data_args, training_args, blend, trainer.state, tasks)
+        made_of = read_provenance(training_args.triplets_dir)
+        base = settings["model_name_or_path"]
+        samples = blend.samples(trainer.state.global_step * training_args.update_rows)
+        certificate = certify(training_args.stage, base, data_args.datasets, made_of, blend, samples)
+        write_certificate(folder, certificate)
+        run = describe_run(settings, record, data_args, training_args, blend, trainer.state, tasks, certificate)
         name = repositories.get("adapter" if is_adapter else "model", training_args.output_dir)
         write_card(folder, run, name, is_adapter)
 

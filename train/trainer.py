@@ -80,7 +80,7 @@ class EmbeddingTrainer(Trainer):
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
-        self._window = LogWindow(self.model, self.args.device)
+        self._window = LogWindow(self.model, self.args.device, self.args.false_negative_margin is not None)
         self._guard = LossGuard()
         self._bad_batch = Path(self.args.output_dir, BAD_BATCH.format(self.args.process_index))
 
@@ -176,6 +176,7 @@ class EmbeddingTrainer(Trainer):
             inputs["passage_ids"],
             self.args.temperature,
             self.args.in_batch_negatives,
+            self.args.false_negative_margin,
         )
         loss = rows.losses.mean()
         self._guard.check(loss.item(), inputs, rows, self._bad_batch, self.data_collator.tokenizer.decode)

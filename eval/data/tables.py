@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from nvembed.texts_nvembed import check_characters
 
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SUFFIXES = (".csv", ".tsv", ".parquet")  # beside .jsonl and .json
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:
@@ -18,7 +20,7 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: a shard is missing: they are named `<split>-00000-of-00003.parquet` and so on.
     """
-    for suffix in (".jsonl", *BUILDERS):
+    for suffix in (".jsonl", *SUFFIXES):
         if (file := folder / f"{split}{suffix}").is_file():
             return [file]
         shards = sorted(folder.glob(f"{split}-?????-of-?????{suffix}"))
@@ -41,16 +43,28 @@ def read_table(file: Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str
     if file.suffix in (".jsonl", ".json"):
         yield from ((f"{file}:{number}", row) for number, row in read_jsonl(file, required))
         return
-    if file.suffix not in BUILDERS:
+    if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: unknown dataset layout: {file.suffix!r} is not .jsonl, .csv or .parquet")
-    options = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
-    if BUILDERS[file.suffix] == "csv":
-        options["keep_default_na"] = False  # "NA" and "null" are texts
+    if file.suffix == ".parquet":
+        yield from ((f"{file}[{position}]", row) for position, row in enumerate(_parquet_rows(file, required)))
+        return
+    delimiter = "\t" if file.suffix == ".tsv" else ","
     try:
-        table = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+        # "NA" and "null" are texts.
+        table = load_dataset("csv", data_files=str(file), split="train", delimiter=delimiter, keep_default_na=False)
     except Exception as error:
         raise ValueError(f"{file}: not a readable {file.suffix[1:]} table: {error}") from error
     yield from named_rows(table, str(file), required)
+
+
+def _parquet_rows(file: Path, required: tuple[str, ...]) -> Iterator[dict]:
+    try:
+        table = pq.ParquetFile(file)
+        check_columns(dict.fromkeys(table.schema_arrow.names), required, str(file))
+        for batch in table.iter_batches(1000):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable parquet table: {error}") from error
 
 
 def named_rows(table, name: str, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:

@@ -70,3 +70,16 @@ def test_chunks_keep_to_the_budget_and_hold_each_text_once(model, sentences):
 def test_text_identity_is_stable_and_fits_int64():
     assert text_id("NV-Embed") == 782987695616353549
     assert all(0 <= text_id(str(i)) < 2**63 for i in range(1000))
+
+
+def test_hard_negatives_that_the_teacher_scores_as_the_positive_are_left_out(model):
+    scored = {"query": "q", "positive": "p", "negatives": ["a", "b", "c"], "dataset": "d", "instruction": "",
+              "symmetric": False, "positive_score": 0.8, "negative_scores": [0.95, 0.9, 0.1]}  # fmt: skip
+    unscored = scored | {"query": "r", "positive_score": None, "negative_scores": None}
+    collator = TripletCollator(model.tokenizer, model.config, 64, 2, false_negative_margin=0.1)
+    batch = collator([scored, unscored])
+    assert batch["false_negatives"].tolist() == [2, 0]
+    assert batch["passage_ids"][0].tolist() == [text_id("p"), text_id("c"), NO_TEXT]
+    assert batch["passage_ids"][1].tolist() == [text_id("p"), text_id("a"), text_id("b")]
+    plain = TripletCollator(model.tokenizer, model.config, 64, 2)([scored])
+    assert plain["passage_ids"][0].tolist() == [text_id("p"), text_id("a"), text_id("b")]

@@ -13,12 +13,16 @@ from tests.train.test_gradient_cache import adapted, triplets_of
 
 def rows_of(losses, positive=None, hardest=None):
     zeros = [0.0] * len(losses)
-    return Contrast(*(torch.tensor(x) for x in (losses, positive or zeros, hardest or zeros)))
+    return Contrast(*(torch.tensor(x) for x in (losses, positive or zeros, hardest or zeros, [2, *zeros[1:]])))
 
 
 def test_window_adds_up_what_each_set_gave():
     window = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"))
-    batch = {"chunks": [{"lengths": [3, 4]}, {"lengths": [5]}], "datasets": ["a", "b"]}
+    batch = {
+        "chunks": [{"lengths": [3, 4]}, {"lengths": [5]}],
+        "datasets": ["a", "b"],
+        "false_negatives": torch.tensor([1, 0]),
+    }
     window.add(batch, rows_of([1.0, 5.0], [0.5, 0.7], [0.1, -math.inf]))
     window.add(batch | {"datasets": ["a", "a"]}, rows_of([2.0, 3.0], [0.9, 0.9], [0.2, 0.3]))
     window.start -= 10
@@ -34,11 +38,14 @@ def test_window_adds_up_what_each_set_gave():
         "samples/b": 1,
     }
     assert window.close() == {"tokens_per_second": 0.0}, "the next window is empty"
+    counting = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"), count_false_negatives=True)
+    counting.add(batch, rows_of([1.0, 5.0]))
+    assert counting.close()["false_negatives"] == 3, "two of the batch, one of the teacher"
 
 
 def test_a_window_without_any_negative_stops_the_run():
     window = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"))
-    batch = {"chunks": [{"lengths": [3, 4]}], "datasets": ["a", "a"]}
+    batch = {"chunks": [{"lengths": [3, 4]}], "datasets": ["a", "a"], "false_negatives": torch.zeros(2)}
     window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
     window.add(batch, rows_of([0.0, 0.1], [0.5, 0.7], [-math.inf, 0.2]))
     window.close()  # one batch without any is sound

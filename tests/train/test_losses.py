@@ -15,11 +15,12 @@ from nvembed.train.losses import NO_TEXT, contrast, is_negative
 TEMPERATURE = 0.05
 
 
-def reference(queries, passages, query_texts, passage_texts, in_batch_negatives):
+def reference(queries, passages, query_texts, passage_texts, in_batch_negatives, margin=math.inf):
     """Loss, gradient of the queries, gradient of the passages: plain loops over texts, closed-form gradients.
 
     A candidate of row i is a passage of row k (k = i without in-batch negatives) whose text is neither i's query nor
-    the positive of any row with i's query, i itself among them.
+    the positive of any row with i's query, i itself among them; nor, in another row, as similar to the query as the
+    positive plus the margin.
     """
     rows, per_row = len(queries), len(passages[0])
     loss, grad_q, grad_p = 0.0, torch.zeros_like(queries), torch.zeros_like(passages)
@@ -30,6 +31,8 @@ def reference(queries, passages, query_texts, passage_texts, in_batch_negatives)
             for j in range(per_row):
                 text = passage_texts[k][j]
                 if text is None or text == query_texts[i] or text in positives:
+                    continue
+                if k != i and float(queries[i] @ passages[k, j]) >= float(queries[i] @ passages[i, 0]) + margin:
                     continue
                 candidates.append((k, j))
         scores = [math.exp(float(queries[i] @ passages[k, j]) / TEMPERATURE) for k, j in candidates]
@@ -72,11 +75,13 @@ def identities(query_texts, passage_texts):
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
 @pytest.mark.parametrize("duplicates", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_loss_and_gradients_equal_the_loop(in_batch_negatives, duplicates, dtype):
+@pytest.mark.parametrize("margin", [None, 0.1, -0.2])
+def test_loss_and_gradients_equal_the_loop(in_batch_negatives, duplicates, dtype, margin):
     queries, passages, *texts = make_batch(duplicates)
-    expected_loss, expected_q, expected_p = reference(queries, passages, *texts, in_batch_negatives)
+    in_loop = math.inf if margin is None else margin
+    expected_loss, expected_q, expected_p = reference(queries, passages, *texts, in_batch_negatives, in_loop)
     queries, passages = (x.to(dtype).requires_grad_() for x in (queries, passages))
-    loss = mean_loss(queries, passages, *identities(*texts), TEMPERATURE, in_batch_negatives)
+    loss = mean_loss(queries, passages, *identities(*texts), TEMPERATURE, in_batch_negatives, margin)
     loss.backward()
     # float32 rounds similarities to 1.2e-7, and the temperature divides that error as it divides them.
     tolerance = {"atol": 1e-6, "rtol": 0}
@@ -93,6 +98,22 @@ def test_duplicates_change_the_loss():
     _, _, *distinct = make_batch(duplicates=False)
     with_duplicates = mean_loss(queries, passages, *identities(*texts), TEMPERATURE)
     assert abs(with_duplicates - mean_loss(queries, passages, *identities(*distinct), TEMPERATURE)) > 1e-3
+
+
+def test_false_negatives_are_counted_and_change_the_loss():
+    queries, passages, *texts = make_batch(duplicates=True)
+    ids = identities(*texts)
+    plain = contrast(queries, passages, *ids, TEMPERATURE)
+    masked = contrast(queries, passages, *ids, TEMPERATURE, True, 0.1)
+    assert not plain.false_negatives.any()
+    query_texts, passage_texts = texts
+    for i, row in enumerate(masked.false_negatives.tolist()):
+        known = {query_texts[i], *(p[0] for q, p in zip(query_texts, passage_texts) if q == query_texts[i]), None}
+        limit = float(queries[i] @ passages[i, 0]) + 0.1
+        others = ((k, j) for k in range(6) for j in range(3) if k != i and passage_texts[k][j] not in known)
+        assert row == sum(float(queries[i] @ passages[k, j]) >= limit for k, j in others)
+    assert (masked.losses < plain.losses).any() and (masked.losses <= plain.losses).all()
+    assert not contrast(queries, passages, *ids, TEMPERATURE, False, -1.0).false_negatives.any(), "no batch, no guess"
 
 
 @pytest.mark.slow

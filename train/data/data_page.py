@@ -14,7 +14,13 @@ from nvembed.eval.markdown_table import markdown_table
 SHOWN = 2  # random triplets of a set
 CHARACTERS = 300  # of a text that are shown
 KEPT = (
-    "rows", "pairs", "documents", "triplets", "negatives", "no document ranked", "fewer negatives",
+    "rows",
+    "pairs",
+    "documents",
+    "triplets",
+    "negatives",
+    "no document ranked",
+    "fewer negatives",
     "triplets without a negative",
 )  # fmt: skip; counts of what is there, not of what was left out
 PICTURE = "dropped.png"
@@ -84,22 +90,32 @@ def shorten(text: str) -> str:
     return f"`` {shown.replace('``', '` `')} ``" if shown else "none"
 
 
+def _texts_dropped(one: Mapping, step: str) -> int:
+    its = dropped_by(one["counts"])[step]
+    return sum(count for why, count in its.items() if why != "contaminated pairs")  # their texts are counted
+
+
 def draw_dropped(sets: Mapping[str, dict], path: Path) -> None:
-    """Bars of the texts that each step left out, one a set, as shares of the set's pairs and what was left out."""
+    """A bar for each step of each set: how many texts it left out."""
     names = list(sets)
-    steps = ("pairs", "decontaminate", "mine")
-    labels = ("reading: not sampled, repeated, without a partner", "too close to evaluation sets", "mining and checks")
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(names)), layout="constrained")
+    steps = {
+        "pairs": "reading: not sampled, repeated, without a partner",
+        "decontaminate": "too close to evaluation sets",
+        "mine": "checks after mining",
+    }
+    figure = Figure(figsize=(7, 1.2 + 0.45 * len(names)), layout="constrained")
     axes = figure.subplots()
-    left = [0.0] * len(names)
-    for step, label in zip(steps, labels):
-        widths = [sum(dropped_by(sets[name]["counts"])[step].values()) for name in names]
-        axes.barh(names, widths, left=left, label=label)
-        left = [start + width for start, width in zip(left, widths)]
+    height = 0.8 / len(steps)
+    for offset, (step, label) in enumerate(steps.items()):
+        places = [place + (offset - 1) * height for place in range(len(names))]
+        widths = [_texts_dropped(sets[name], step) for name in names]
+        bars = axes.barh(places, widths, height, label=label)
+        axes.bar_label(bars, [f"{width:,}" if width else "" for width in widths], padding=2, fontsize=7)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="texts, pairs or negatives left out (logarithmic from 10)")
     axes.set_xscale("symlog", linthresh=10)
+    axes.set(xlabel="texts left out (logarithmic from 10)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=1)
     with whole(path) as partial:
         figure.savefig(partial, dpi=120, format="png")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvembed.train.data import classification, nemotron, retrieval, sts, triplets
-from nvembed.train.data.source import DatasetSource, Pairs, columns_of, is_beir
+from nvembed.train.data.source import DatasetSource, Pairs, columns_of, is_beir, is_nemotron
 
 
 @dataclass
@@ -56,6 +56,8 @@ def kind_of(source: DatasetSource) -> str:
     check_kind(source)
     if source.kind is not None:
         return source.kind
+    if is_nemotron(source):
+        return "nemotron"
     if is_beir(source):
         return "retrieval"
     found = columns_of(source)

@@ -110,7 +110,7 @@ def mine_negatives(
     if unranked := miner.counts["no document ranked"]:
         logger.warning(
             f"{name}: {unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word "
-            "with it), so their negatives are drawn at random"
+            f"with it), so {'their negatives are drawn at random' if rules.fill else 'they get no negatives'}"
         )
 
 

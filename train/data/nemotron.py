@@ -16,10 +16,10 @@ from huggingface_hub import snapshot_download
 
 from nvembed.eval.data.beir import document_text
 from nvembed.eval.data.tables import check_columns, read_table, text_of
-from nvembed.train.data.source import DatasetSource, Pairs, sample
+from nvembed.train.data.source import NEMOTRON, DatasetSource, Pairs, sample
 
 
-METADATA, CONFIG = "dataset_metadata.json", "source_config.json"
+CONFIG = "source_config.json"
 LOADERS = ("mteb", "column")
 
 Lookup = Callable[[str, str], str]  # (id, name of the row) -> text
@@ -36,7 +36,7 @@ def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
         ValueError: a file, a field or a text is missing, or ids repeat; the file and row are named.
     """
     folder = find_folder(source)
-    metadata = _read_json(folder / METADATA, ("corpus_id", "ids_only"))
+    metadata = _read_json(folder / NEMOTRON, ("corpus_id", "ids_only"))
     if metadata["ids_only"]:
         question_of, document_of = _public_texts(folder)
     else:
@@ -92,9 +92,9 @@ def find_folder(source: DatasetSource) -> Path:
                 f"{source.path!r} is neither a local folder nor a dataset found on the Hub: {error}"
             ) from error
     folder = place / (source.config or "")
-    if not (folder / METADATA).is_file():
-        known = sorted(path.parent.name for path in place.glob(f"*/{METADATA}"))
-        advice = f"name one of its sets with `config:`: {', '.join(known)}" if known else f"it has no {METADATA}"
+    if not (folder / NEMOTRON).is_file():
+        known = sorted(path.parent.name for path in place.glob(f"*/{NEMOTRON}"))
+        advice = f"name one of its sets with `config:`: {', '.join(known)}" if known else f"it has no {NEMOTRON}"
         raise ValueError(f"{folder} is not a set in NVIDIA's layout: {advice}")
     return folder
 

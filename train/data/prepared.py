@@ -16,7 +16,7 @@ from transformers.utils.logging import get_logger
 from nvembed.eval.files import sha256, whole
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.mining import mine_negatives
-from nvembed.train.data.source import DatasetSource, check_exists, find_files, is_beir
+from nvembed.train.data.source import DatasetSource, check_exists, find_files, is_beir, is_nemotron
 
 
 logger = get_logger(__name__)
@@ -193,7 +193,9 @@ def read_provenance(folder: Path) -> dict | None:
 
 def provenance(source: DatasetSource) -> dict:
     """What a source's table is made from: its entry and the SHA-256 of each local file, but not the files' location."""
-    if source.kind == "retrieval" or (source.kind is None and is_beir(source)):
+    if is_nemotron(source):
+        files = sorted(path for path in Path(source.path, source.config or "").iterdir() if path.is_file())
+    elif source.kind == "retrieval" or (source.kind is None and is_beir(source)):
         files = [Path(source.path, name) for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{source.split}.tsv")]
     else:
         files = find_files(source)

@@ -18,7 +18,7 @@ from nvembed.texts_nvembed import check_characters
 
 T = TypeVar("T")
 
-TABLE_SUFFIXES = (".jsonl", ".json", *tables.BUILDERS)
+TABLE_SUFFIXES = (".jsonl", ".json", *tables.SUFFIXES)
 
 
 @dataclass
@@ -276,6 +276,13 @@ def find_files(source: DatasetSource) -> list[Path]:
         f"{path}: unknown dataset layout: no {source.split}.jsonl, .csv or .parquet and no BEIR corpus.jsonl; "
         f"found {entries[:10]}"
     )
+
+
+NEMOTRON = "dataset_metadata.json"  # a set of NVIDIA's training data has this
+
+
+def is_nemotron(source: DatasetSource) -> bool:
+    return Path(source.path, source.config or "", NEMOTRON).is_file()
 
 
 def is_beir(source: DatasetSource) -> bool:

@@ -7,12 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 
+from nvembed.eval.vectors import MadeFrom, embed_shards
 from nvembed.train.data import mining, teachers
 from nvembed.train.data.corpus import Corpus
-from nvembed.train.data.mining import mine_negatives
+from nvembed.train.data.mining import MiningRules, mine_negatives
 from nvembed.train.data.prepared import write_jsonl
 from nvembed.train.data.source import Pairs
-from nvembed.train.data.teachers import BM25, split_words
+from nvembed.train.data.teachers import BM25, EmbeddingModel, Reranked, split_words
 
 
 class Fixed:
@@ -77,6 +78,123 @@ def test_mined_negatives_equal_a_direct_loop():
         assert not same_query & set(triplet["negatives"])
         assert len(set(triplet["negatives"])) == 7
         np.testing.assert_allclose([scores[text] for text in triplet["negatives"]], eligible[:7], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        MiningRules(fill=False),
+        MiningRules(last_rank=20, fill=False),
+        MiningRules(max_ratio=None, margin=0.1, first_rank=3, last_rank=30, fill=False),
+        MiningRules(max_ratio=0.9, max_score=0.2, fill=False),
+    ],
+)
+def test_an_embedding_teacher_equals_a_brute_force_miner_in_float64(tmp_path, rules):
+    """With negative scores, equal scores, near-identical texts and several positives of a query."""
+    rng = np.random.default_rng(0)
+    texts = [f"text {i}" for i in range(300)]
+    vectors = {text: rng.normal(size=6) for text in texts}
+    vectors |= {f"TEXT {i}!": vectors[f"text {i}"] for i in range(0, 60, 3)}  # the same words
+    vectors |= {f"twin {i}": vectors[f"text {i}"] for i in range(60, 120)}  # another text of the same vector
+    queries = [f"query {i}" for i in range(40)]
+    vectors |= {query: rng.normal(size=6) for query in queries}
+    vectors = {text: vector / np.linalg.norm(vector) for text, vector in vectors.items()}
+    corpus = [text for text in vectors if text not in queries]
+    pairs = [{"query": queries[i % 40], "positive": texts[rng.integers(300)]} for i in range(60)]
+
+    def embed(some, prefix):
+        return np.stack([vectors[text] for text in some]).astype(np.float32)
+
+    made_from = MadeFrom("m", "r", "", 64, "d")
+    shards = embed_shards(embed, corpus, corpus, tmp_path / "v", made_from, shard_rows=100)
+    mined = mine(
+        pairs, corpus, 7, rules=rules, make_teacher=lambda corpus: EmbeddingModel(corpus, shards, embed, "Find")
+    )
+    of_query = {}
+    for pair in pairs:
+        of_query.setdefault(pair["query"], set()).add(pair["positive"])
+    negative = 0
+    for pair, triplet in zip(pairs, mined, strict=True):
+        scores = {text: float(vectors[pair["query"]] @ vectors[text]) for text in corpus}
+        bound = scores[pair["positive"]]
+        limit = min(
+            np.inf if rules.max_ratio is None else bound - (1 - rules.max_ratio) * abs(bound),
+            np.inf if rules.margin is None else bound - rules.margin,
+            np.inf if rules.max_score is None else rules.max_score,
+        )
+        negative += bound < 0
+        known = {text.lower() for text in of_query[pair["query"]]}
+        ranked = sorted(corpus, key=lambda text: (-round(scores[text], 6), corpus.index(text)))
+        ranked = ranked[rules.first_rank - 1 : rules.last_rank]
+        expected = [t for t in ranked if scores[t] < limit - 1e-7 and t.lower().rstrip("!") not in known][:7]
+        assert triplet["negatives"] == expected
+        np.testing.assert_allclose(triplet["negative_scores"], [scores[text] for text in expected], atol=1e-6)
+        assert triplet["positive_score"] == pytest.approx(bound, abs=1e-6)
+    assert negative > 5, "scores below 0 are among those tried"
+
+
+def test_random_picks_are_of_the_ranks_asked_for():
+    corpus = ["pos", *(f"document {i}" for i in range(50))]
+    rules = MiningRules(pick="random", first_rank=11, last_rank=20)
+    scores = [100.0, *np.linspace(90, 10, 50)]
+    picked = set()
+    for i in range(20):
+        (triplet,) = mine([{"query": f"q{i}", "positive": "pos"}], corpus, 3, scores, rules=rules)
+        assert triplet["negative_scores"] == sorted(triplet["negative_scores"], reverse=True)
+        picked.update(triplet["negatives"])
+    assert picked == {f"document {i}" for i in range(9, 19)}
+
+
+def test_negatives_do_not_depend_on_the_pairs_beside():
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefgh", k=4)) + f" w{i}" for i in range(100)]
+    pairs = [{"query": f"{' '.join(rng.choices('abcxyz', k=2))} {i}", "positive": texts[i]} for i in range(30)]
+    together = mine(pairs, texts, 7)
+    alone = [mine([pair], texts, 7)[0] for pair in pairs]
+    assert together == alone
+
+
+def test_reranked_by_a_cross_encoder():
+    corpus = ["pos", "red b", "red c", "far"]
+
+    def score(pairs):
+        return np.array([{"pos": 0.9, "red b": 0.3, "red c": 0.5, "far": 0.8}[document] for _, document in pairs])
+
+    (triplet,) = mine(
+        [{"query": "red", "positive": "pos"}], corpus, 2,
+        make_teacher=lambda corpus: Reranked(corpus, BM25(corpus), score), rules=MiningRules(fill=False),
+    )  # fmt: skip
+    assert triplet["negatives"] == ["red c", "red b"], "far shares no word, so BM25 does not find it"
+    assert triplet["negative_scores"] == pytest.approx([0.5, 0.3])
+
+
+def test_vectors_of_another_corpus_or_model_are_refused(tmp_path):
+    def embed(some, prefix):
+        return np.ones((len(some), 4), dtype=np.float32)
+
+    shards = embed_shards(embed, ["0"], ["a"], tmp_path / "v", MadeFrom("m", "r", "", 64, "d"))
+    with pytest.raises(ValueError, match="has 1 vectors for a corpus of 2 texts"):
+        EmbeddingModel(Corpus(["a", "b"]), shards, embed, "")
+    other = EmbeddingModel(Corpus(["a"]), shards, lambda some, prefix: np.ones((len(some), 5), dtype=np.float32), "")
+    with pytest.raises(ValueError, match="vectors of width 4, the teacher's queries have 5"):
+        other.search(["q"], 1)
+    with pytest.raises(ValueError, match="'zebra' is not in the corpus of 1 texts"):
+        other.pair_scores(["q"], ["zebra"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_ratio": 1.5}, "max_ratio is 1.5"),
+        ({"margin": -0.1}, "margin is -0.1"),
+        ({"first_rank": 5, "last_rank": 3}, "ranks 5 to 3 hold no document"),
+        ({"pick": "some"}, "pick is 'some'"),
+        ({"pick": "random"}, "needs last_rank"),
+    ],
+)
+def test_bad_rules_are_named(options, error):
+    with pytest.raises(ValueError, match=error):
+        MiningRules(**options)
 
 
 def test_pairs_with_negatives_pass_unchanged():

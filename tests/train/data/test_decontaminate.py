@@ -1,0 +1,154 @@
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nvembed.train.data.decontaminate import (
+    BM25Similarity,
+    DecontaminationRule,
+    Decontaminator,
+    clean_triplet,
+    evaluation_texts,
+    read_rule,
+)
+from tests.triplets import write_jsonl
+
+
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
+EVALUATION = {"sts": ["The cat sat.", f"{LONG} and more"], "bank": ["Where is my new card?", "..."]}
+
+
+def matches(texts, match, **options):
+    rule = DecontaminationRule(["anything"], match, **options)
+    found = Decontaminator(rule, EVALUATION).find(texts)
+    return [None if one is None else (one.match, one.set) for one in found]
+
+
+def test_matches():
+    texts = ["The cat sat.", "the CAT  sat", f"so {LONG.upper()}!", LONG.removesuffix(" thirteen"), "my card", "!!!"]
+    assert matches(texts, ["exact"]) == [("exact", "sts"), *[None] * 5]
+    assert matches(texts, ["normalized"]) == [("exact", "sts"), ("normalized", "sts"), *[None] * 4]
+    assert matches(texts, ["ngram"]) == [None, None, ("ngram", "sts"), None, None, None]
+    assert matches(texts, ["ngram"], n=12)[3] == ("ngram", "sts")
+    assert matches(texts, ["ngram"], n=3)[:2] == [("ngram", "sts")] * 2
+
+
+def test_bm25_similarity_equals_a_direct_loop():
+    """Lucene's BM25 (k1 = 1.5, b = 0.75); the score of two texts over the higher of their own."""
+    texts = ["my new card is lost", "my card", "boats sail far across the seas", "red boats boats"]
+    words = [text.split() for text in texts]
+    mean = sum(map(len, words)) / len(words)
+
+    def score(query, document):
+        total = 0.0
+        for word in set(query):
+            frequency = sum(word in other for other in words)
+            count = document.count(word)
+            norm = 1.5 * (0.25 + 0.75 * len(document) / mean)
+            total += math.log(1 + (len(words) - frequency + 0.5) / (frequency + 0.5)) * count / (count + norm)
+        return total
+
+    for query in ["my lost card", "boats boats sail", "unknown words of my card", "my card"]:
+        its = query.split()
+        expected = [score(its, w) / max(score(its, its), score(w, w)) for w in words]
+        ((similarity, text),) = BM25Similarity(texts).nearest([query])
+        assert similarity == pytest.approx(max(expected), rel=1e-5)
+        assert text == texts[expected.index(max(expected))]
+    assert list(BM25Similarity(texts).nearest(["zebra", "My CARD"])) == [(0.0, ""), (pytest.approx(1.0), "my card")]
+    assert list(BM25Similarity(["..."]).nearest(["zebra"])) == [(0.0, "")]
+
+
+def test_bm25_matches_from_its_threshold_on():
+    near = "where is my new red card"
+    texts = [text for its in EVALUATION.values() for text in its]
+    ((similarity, _),) = BM25Similarity(texts).nearest([near])
+    assert 0.3 < similarity < 1
+    assert matches([near], ["bm25"], threshold=similarity - 1e-6) == [("bm25", "bank")]
+    assert matches([near], ["bm25"], threshold=similarity + 1e-6) == [None]
+
+
+def test_negatives_are_dropped_alone_and_a_query_or_positive_with_its_triplet():
+    find = Decontaminator(DecontaminationRule(["x"], ["normalized"]), EVALUATION).find
+    triplet = {
+        "query": "q",
+        "positive": "p",
+        "negatives": ["a", "the cat sat", "b"],
+        "negative_scores": [3.0, 2.0, 1.0],
+    }
+    kept, dropped = clean_triplet(triplet, find)
+    assert (kept["negatives"], kept["negative_scores"]) == (["a", "b"], [3.0, 1.0])
+    assert [(part, text) for part, text, _ in dropped] == [("negative", "the cat sat")]
+    kept, dropped = clean_triplet(triplet | {"positive": "The cat sat"}, find)
+    assert kept is None
+    assert [part for part, _, _ in dropped] == ["positive"]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    write_jsonl(tmp_path / "sts" / "test.jsonl", [
+        {"sentence1": "a cat", "sentence2": "a dog", "score": 1.0}, {"sentence1": "a", "sentence2": "b", "score": 2.0},
+    ])  # fmt: skip
+    folder = tmp_path / "search"
+    write_jsonl(folder / "corpus.jsonl", [{"_id": "d", "title": "T", "text": "document"}, {"_id": "e", "text": "x"}])
+    write_jsonl(folder / "queries.jsonl", [{"_id": "q", "text": "question"}, {"_id": "r", "text": "of training"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    path = tmp_path / "tasks.yaml"
+    path.write_text("tasks:\n  - {type: STS, path: sts}\n  - {type: Retrieval, path: search}\n")
+    return str(path)
+
+
+def test_texts_of_tasks_and_tables(tasks, tmp_path):
+    table = write_jsonl(tmp_path / "more.jsonl", [{"text": "one", "label": 1}, {"text": "one", "label": 2}])
+    texts = evaluation_texts(DecontaminationRule([tasks, table]))
+    assert texts == {"sts": ["a cat", "a dog", "a", "b"], "search": ["question"], "more": ["one"]}
+    with_documents = evaluation_texts(DecontaminationRule([tasks], documents=True))
+    assert with_documents["search"] == ["question", "T document", "x"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "error"),
+    [
+        ({}, "{} does not say `against:` what"),
+        ({"against": []}, "against is \\[\\]; it must be a list"),
+        ({"against": "STS12"}, "against is 'STS12'; it must be a list"),
+        ({"against": ["x"], "match": ["fuzzy"]}, "match has 'fuzzy'; known are exact"),
+        ({"against": ["x"], "n": 0}, "n is 0"),
+        ({"against": ["x"], "threshold": 1.5}, "threshold is 1.5"),
+        ({"against": ["x"], "ngrams": 3}, "unknown key 'ngrams'"),
+    ],
+)
+def test_bad_rules_are_named(rule, error):
+    with pytest.raises(ValueError, match=error):
+        read_rule(rule)
+
+
+def test_sets_that_do_not_exist_or_hold_no_texts_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'Banking77' is neither a benchmark nor a task of mteb"):
+        evaluation_texts(DecontaminationRule(["Banking77"]))
+    with pytest.raises(ValueError, match="the data of Banking77Classification failed to load"):
+        evaluation_texts(DecontaminationRule(["Banking77Classification"]))  # tests are offline
+    table = write_jsonl(tmp_path / "t.jsonl", [{"sentence": "one"}])
+    with pytest.raises(ValueError, match="holds no texts in columns text"):
+        evaluation_texts(DecontaminationRule([table]))
+
+
+@pytest.mark.slow
+def test_script(tmp_path, tasks):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["n"]} for i in range(3)]
+    rows[1]["positive"] = "A  dog"
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    command = [sys.executable, "-m", "nvembed.train.data.decontaminate", "--path", path, "--against", tasks]
+    dry = subprocess.run([*command, "--dry_run"], check=True, capture_output=True, text=True)
+    assert json.loads(dry.stdout) == {"triplets": 3, "positive, normalized, sts": 1, "triplets dropped": 1}
+    output = tmp_path / "clean.jsonl"
+    subprocess.run([*command, "--output", output], check=True, capture_output=True)
+    assert [json.loads(line)["query"] for line in output.read_text().splitlines()] == ["q0", "q2"]
+    (dropped,) = json.loads((tmp_path / "clean.report.json").read_text())["dropped"]
+    assert dropped == {"part": "positive", "text": "A  dog", "match": "normalized", "set": "sts", "with": "a dog"}
+    again = subprocess.run([*command, "--output", output], capture_output=True, text=True)
+    assert again.returncode == 1
+    assert re.search(r"decontaminate: .*clean.jsonl exists", again.stderr)
