@@ -27,6 +27,7 @@ NOT_RUN = {
     ".venv/bin/python eval/run_mteb.py --model nvidia": "16 GB and data from the Hub",
     ".venv/bin/python eval/speed/encode.py": "minutes; tests/eval/test_speed.py: small sizes",
     "accelerate launch -m nvembed.train.stage1": "tests/test_package.py runs it with small sizes",
+    ".venv/bin/python train/data/synthesize.py": "an endpoint; tests/train/data/test_synthesize.py has one of its own",
 }
 
 
@@ -80,6 +81,11 @@ def clone(tmp_path_factory, checkpoint, sentences) -> Path:
     (folder / "pairs").mkdir()
     pairs = [{"sentence1": row["query"], "sentence2": row["positive"], "score": i} for i, row in enumerate(rows)]
     (folder / "pairs" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    documents = [{"_id": str(i), "text": row["positive"]} for i, row in enumerate(rows)]
+    (folder / "pairs" / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "my-data.yaml").write_text(
+        next(text for text in blocks(ROOT / "docs" / "data.md", "yaml") if "teacher" in text)
+    )
     (folder / "my-tasks.yaml").write_text("tasks: [{type: STS, path: pairs, instruction: Retrieve similar text}]")
     return folder
 
@@ -99,6 +105,8 @@ def test_commands_run_as_written(clone):
             done.append(command)
     assert (clone / "runs" / "mine" / "config.json").is_file()
     assert (clone / "mined.jsonl").is_file()
+    assert (clone / "runs" / "data" / "manifest.json").is_file()
+    assert (clone / "runs" / "index.faiss").is_file()
     assert (clone / "runs" / "report" / "report.md").is_file()
 
 
