@@ -1,7 +1,7 @@
 # Every target makes .venv with the pinned packages first, so each works right after a clone.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-fast test-versions test-cuda-shapes lint
+.PHONY: quickstart test test-fast test-versions test-cuda-shapes test-ray lint
 
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart/run.py
@@ -18,6 +18,9 @@ test-versions: .venv/installed
 
 test-cuda-shapes: .venv/installed
 	.venv/bin/python tests/cuda_shapes.py
+
+test-ray: .venv/installed
+	.venv/bin/python -m tests.ray_build
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -801,7 +801,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, nn.DataParallel):
             raise RuntimeError(
                 f"{name} is wrapped in torch.nn.DataParallel, which cannot split packed texts. For several GPUs: "
-                'SentenceTransformer(checkpoint, trust_remote_code=True).encode(texts, device=["cuda:0", "cuda:1"])'
+                'SentenceTransformer(checkpoint, trust_remote_code=True).encode(texts, device=["cuda:0", "cuda:1"]), '
+                "or, for a corpus, nvembed's eval/embed_corpus.py with one task a GPU"
             )
 
 
