@@ -1,6 +1,7 @@
 """Steps over the shards of a corpus, on this machine's processes, on Slurm or on Ray; datatrove schedules them."""
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,9 @@ def make_shards(name: str, prepare: Callable[[], Make], paths: Sequence[Path], l
 def wait_for(executor: SlurmPipelineExecutor) -> None:
     """Waits until every task of a Slurm job is complete, or the job is no longer in the queue."""
     while executor.get_incomplete_ranks(skip_completed=True):
-        queued = os.popen(f"squeue --noheader --jobs {executor.job_id} 2>/dev/null").read().strip()
-        if not queued:
+        command = ["squeue", "--noheader", "--jobs", str(executor.job_id)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        is_gone = not found.stdout.strip() if found.returncode == 0 else "Invalid job id" in found.stderr
+        if is_gone:  # any other failure of squeue says nothing about the job
             return
         time.sleep(POLL)

@@ -7,7 +7,7 @@ Run it again to resume. What it writes is described in docs/data.md; training re
 """
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +49,10 @@ def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
         raise ValueError(f"{path} has no list `datasets:`")
     check_keys(content, BuildSettings, str(path))
     sources = [as_source(resolve_entry(entry, path.parent)) for entry in content["datasets"]]
+    for source in sources:
+        if source.decontaminate is not None:
+            source.decontaminate = resolve_rule(source.decontaminate, path.parent)
+            read_rule(source.decontaminate)
     if only is not None:
         if unknown := sorted(set(only) - {source.name for source in sources}):
             raise ValueError(f"--sets {unknown[0]!r} is not in {path}; its sets are {[s.name for s in sources]}")
@@ -61,15 +65,21 @@ def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
             check_keys(content[name], kind, f"{path}: {name}")
             content[name] = kind(**content[name])
     if content.get("decontaminate") is not None:
-        rule = read_rule(content["decontaminate"])
-        against = [str(path.parent / name) if (path.parent / name).is_file() else name for name in rule.against]
-        content["decontaminate"] = replace(rule, against=against)
+        content["decontaminate"] = read_rule(resolve_rule(content["decontaminate"], path.parent))
     settings = BuildSettings(**content)
     for name in ("num_negatives", "shard_rows", "corpus_shard_rows"):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {name} is {value!r}; it must be 1 or more")
     return settings
+
+
+def resolve_rule(rule: object, folder: Path) -> object:
+    """A decontamination rule with the files that it names found from the recipe's folder."""
+    if not isinstance(rule, dict) or not isinstance(rule.get("against"), list):
+        return rule  # an error of `read_rule`
+    found = [str(folder / name) if (folder / str(name)).is_file() else name for name in rule["against"]]
+    return rule | {"against": found}
 
 
 def check_keys(content: object, kind: type, where: str) -> None:

@@ -12,10 +12,11 @@ Each step writes shards that are there whole or not at all. Their content depend
 not on the number of tasks nor on interruptions.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -414,12 +415,24 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
 
 
 def describe(settings: BuildSettings) -> dict:
-    """All settings that decide what is built, with digests of local data and of a local teacher."""
+    """All settings that decide what is built, with digests of local data, evaluation sets and a local teacher."""
     record = asdict(settings) | {"datasets": [provenance(source) for source in settings.datasets]}
+    rules = [rule for source in settings.datasets for rule in rules_of(settings, source)]
+    record["evaluation_sets"] = {
+        Path(name).name: digest_texts(replace(rule, against=[name]))
+        for rule in rules
+        for name in rule.against
+        if Path(name).is_file()
+    }
     model = settings.teacher.model
     if model is not None and Path(model).is_dir():
         record["teacher"]["digest"] = digest_model(Path(model))
     return record
+
+
+def digest_texts(rule: DecontaminationRule) -> str:
+    content = json.dumps(evaluation_texts(rule), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def build(settings: BuildSettings, output: Path, where: ExecutorArguments) -> dict:

@@ -209,6 +209,12 @@ def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp
     with pytest.raises(ValueError, match="out holds a build of something else: num_negatives was 2 and is 3"):
         build(recipe, tmp_path / "out", sets=["ready"])
     assert sorted(tmp_path.glob("out/**/*")) == before
+    change(recipe, num_negatives=2)
+    build(recipe, tmp_path / "out", sets=["ready"])
+    with (tmp_path / "data" / "test" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"sentence1": "p0", "sentence2": "w", "score": 1}) + "\n")
+    with pytest.raises(ValueError, match="something else: evaluation_sets was {'tasks.yaml': .*} and is"):
+        build(recipe, tmp_path / "out", sets=["ready"])
     with pytest.raises(ValueError, match="data holds files that are not of a build"):
         build(recipe, tmp_path / "data")
 
