@@ -18,7 +18,16 @@ from nvembed.eval.data.corpus import TextShards, digest_documents, read_corpus
 from nvembed.eval.files import whole
 from nvembed.eval.results import claim_folder
 from nvembed.eval.shards import ExecutorArguments, Make, make_shards
-from nvembed.eval.vectors import MANIFEST, SHARD_ROWS, MadeFrom, VectorShards, shard_path, write_manifest, write_shard
+from nvembed.eval.vectors import (
+    MANIFEST,
+    SHARD_ROWS,
+    MadeFrom,
+    VectorShards,
+    forget_if_incomplete,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
 
 
 @dataclass
@@ -78,6 +87,7 @@ def claim_texts(folder: Path, args: EmbedArguments) -> TextShards:
         ValueError: the corpus is not the one that the folder's vectors are of.
     """
     texts = folder / "texts"
+    forget_if_incomplete(folder)
     if not texts.is_dir() and not (folder / MANIFEST).is_file():
         return TextShards.write(read_corpus(args.corpus, args.split), texts, args.shard_rows)
     if texts.is_dir():

@@ -46,14 +46,17 @@ def training_datasets(certificate: Mapping) -> set[str]:
 def is_seen(task: AbsTask, certificate: Mapping | None) -> bool | None:
     """Whether training data of the task's own set, or of one that mteb counts as similar, was trained on.
 
-    A local task counts as seen if a set of its name was trained on. None if nothing is known.
+    A local task counts as seen if a set of its name was trained on. None if it was not, as far as is known, but the
+    certificate does not reach back to the decoder.
     """
     if certificate is None:
         return None
     if task.metadata.name in trained_on(certificate):
         return True
     meta = ModelMeta.create_empty({"training_datasets": training_datasets(certificate)})
-    return meta.is_zero_shot_on([task]) is False
+    if meta.is_zero_shot_on([task]) is False:
+        return True
+    return False if certificate.get("complete") else None
 
 
 def mark(seen: bool | None) -> str:

@@ -93,6 +93,14 @@ def write_manifest(folder: Path, made_from: MadeFrom, dtype: str, rows: int, sha
     return vectors
 
 
+def forget_if_incomplete(folder: Path) -> None:
+    """Removes the manifest of a folder that has lost a shard since, so that the shard is made again."""
+    if (folder / MANIFEST).is_file():
+        shards = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        if not all(shard_path(folder, number).is_dir() for number in range(shards)):
+            (folder / MANIFEST).unlink()
+
+
 def embed_shards(
     embed: Embed,
     ids: Sequence[str],
@@ -107,6 +115,7 @@ def embed_shards(
     Raises:
         ValueError: as `write_shard` and `write_manifest`; the folder holds vectors made from something else.
     """
+    forget_if_incomplete(folder)
     if (folder / MANIFEST).is_file():
         return VectorShards(folder).check(made_from)
     shards = -(-len(texts) // shard_rows)

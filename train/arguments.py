@@ -153,6 +153,11 @@ class DataArguments:
             self.datasets = [self.datasets]
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
+        for entry in self.datasets:
+            if isinstance(entry, dict) and "decontaminate" in entry:
+                raise ValueError(
+                    f"datasets: {entry}: decontaminate is for train/build_data.py; trainings take what it made"
+                )
         self.datasets = [as_source(entry, self.data_dir) for entry in self.datasets]
         for source in self.datasets:
             check_kind(source)
@@ -209,6 +214,10 @@ class StageArguments(TrainingArguments):
     def __post_init__(self):
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be > 0")
+        if self.false_negative_margin is not None and not 0 <= self.false_negative_margin < math.inf:
+            raise ValueError(
+                f"false_negative_margin is {self.false_negative_margin}; it must be 0 or more, or left out"
+            )
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"

@@ -6,8 +6,9 @@ python train/build_data.py --list
 Run it again to resume. What it writes is described in docs/data.md; training reads it with `data_dir:`.
 """
 
+import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from nvembed.train.arguments import find_recipe
 from nvembed.train.data.build import BuildSettings, TeacherSettings, build, claim_output, teacher_name
 from nvembed.train.data.data_page import write_page
 from nvembed.train.data.decontaminate import read_rule
+from nvembed.train.data.kinds import check_kind
 from nvembed.train.data.mining import MiningRules
 from nvembed.train.data.sets import as_source, list_sets
-from nvembed.train.data.source import check_exists, check_sources, resolve_entry
+from nvembed.train.data.source import check_exists, check_fields, check_sources, resolve_entry
 
 
+RESERVED = ("work", "manifest.json", "DATA.md", "dropped.png")  # of the folder that a build writes
 LIBRARIES = ("nvembed", "datasets", "pyarrow", "bm25s", "faiss-cpu", "datatrove", "transformers")
 
 
@@ -44,10 +47,14 @@ def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
     Raises:
         ValueError: it is not a mapping, has an unknown key, or a value is invalid.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), list):
         raise ValueError(f"{path} has no list `datasets:`")
     check_keys(content, BuildSettings, str(path))
+    content = {name: value for name, value in content.items() if value is not None}
     sources = [as_source(resolve_entry(entry, path.parent)) for entry in content["datasets"]]
     for source in sources:
         if source.decontaminate is not None:
@@ -59,6 +66,11 @@ def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
         sources = [source for source in sources if source.name in only]
     for source in check_sources(sources):
         check_exists(source)
+        check_kind(source)
+        if not re.fullmatch(r"\w[\w.-]*", source.name) or source.name in RESERVED:
+            raise ValueError(
+                f"{path}: a set is named {source.name!r}, but its name is that of a folder: use letters, digits, - _ ."
+            )
     content["datasets"] = sources
     for name, kind in (("teacher", TeacherSettings), ("mining", MiningRules)):
         if content.get(name) is not None:
@@ -67,10 +79,11 @@ def read_recipe(path: Path, only: list[str] | None = None) -> BuildSettings:
     if content.get("decontaminate") is not None:
         content["decontaminate"] = read_rule(resolve_rule(content["decontaminate"], path.parent))
     settings = BuildSettings(**content)
+    check_fields(settings, str(path))
     for name in ("num_negatives", "shard_rows", "corpus_shard_rows"):
         value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {name} is {value!r}; it must be 1 or more")
+        if value < 1:
+            raise ValueError(f"{path}: {name} is {value}; it must be 1 or more")
     return settings
 
 
@@ -106,6 +119,7 @@ def run(args: BuildArguments) -> dict:
         "num_negatives": settings.num_negatives,
         "seed": settings.seed,
         "teacher": teacher_name(settings.teacher),
+        "mining": asdict(settings.mining),
         "sets": sets,
         "libraries": {name: version(name) for name in LIBRARIES},
     }

@@ -276,11 +276,12 @@ def training_data_text(certificate: dict) -> str:
     """The sets of all stages as mteb names them, for the leaderboard's entry of the model."""
     names = sorted(training_datasets(certificate))
     listed = "".join(f'    "{name}",\n' for name in names)
+    partial = "" if certificate.get("complete") else " What its base was trained on is not known."
     code = f"training_datasets = {{\n{listed}}}" if names else "training_datasets = set()"
     return (
         f"[`{FILE}`]({FILE}) says for every stage which sets were trained on, with digests of their files, and what "
         "was dropped from them for being too close to test sets. The tasks of mteb whose training data is in it, as "
-        f"`mteb.ModelMeta` takes them:\n\n```python\n{code}\n```"
+        f"`mteb.ModelMeta` takes them.{partial}\n\n```python\n{code}\n```"
     )
 
 

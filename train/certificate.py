@@ -14,7 +14,7 @@ from nvembed.train.data.source import DatasetSource
 def certify(
     stage: str, base: str, sources: Sequence[DatasetSource], made_of: dict | None, blend: Blend, samples: Sequence[int]
 ) -> dict:
-    """The base's stages, and this one.
+    """The base's stages, and this one; "complete" if the base's certificate is, from the decoder on.
 
     Args:
         stage: name of the script.
@@ -32,7 +32,7 @@ def certify(
             "config": source.config,
             "split": source.split,
             "set": source.set,
-            "mteb": mteb_names(source),
+            "mteb": sorted(mteb_names(source)),
             "triplets": len(table),
             "trained_on": count,
             "sha256": provenance.get(source.name, {}).get("files", {}),
@@ -41,18 +41,24 @@ def certify(
             known["build"] = built
         sets.append(known)
     before = read_training_data(base)
-    earlier = [] if before is None else before["stages"]
-    return {"stages": [*earlier, {"stage": stage, "sets": sets}]}
+    known = {"complete": False, "base": base_name(base), "stages": []} if before is None else before
+    return known | {"stages": [*known["stages"], {"stage": stage, "sets": sets}]}
 
 
-def mteb_names(source: DatasetSource) -> list[str]:
-    """The tasks of mteb whose training data a source is: its entry's, those of its set, or those it was built with."""
-    if source.mteb is not None:
-        return source.mteb
-    if source.set is not None:
-        return known_sets()[source.set].mteb or []
+def base_name(base: str) -> str:
+    return Path(base).resolve().name if Path(base).exists() else base
+
+
+def untrained(decoder: str) -> dict:
+    """The certificate of a checkpoint made from a decoder: no embedding training yet, and all that follows is known."""
+    return {"complete": True, "base": base_name(decoder), "stages": []}
+
+
+def mteb_names(source: DatasetSource) -> set[str]:
+    """The tasks of mteb whose training data a source is: its entry's, those of its set, and those it was built with."""
+    of_set = known_sets()[source.set].mteb if source.set is not None else None
     built = find_build(source)
-    return [] if built is None else built["source"].get("mteb", [])
+    return {*(source.mteb or ()), *(of_set or ()), *([] if built is None else built["source"].get("mteb", []))}
 
 
 def find_build(source: DatasetSource) -> dict | None:
@@ -70,6 +76,7 @@ def find_build(source: DatasetSource) -> dict | None:
             name: one["source"].get(name) for name in ("path", "set", "config", "mteb") if one["source"].get(name)
         },
         "counts": one["counts"],
+        "decontaminate": one.get("decontaminate", []),
         "files": one["files"],
         "manifest_sha256": sha256(manifest),
     }

@@ -23,6 +23,7 @@ from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.instructions import paper_prompts
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import write_base_card
+from nvembed.train.certificate import untrained, write_certificate
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.released import convert_released, fold_released
 
@@ -195,7 +196,12 @@ def main(args: InitArguments) -> None:
         convert(args.from_released, args.output_dir)
     else:
         check_output_dir(args.output_dir)
-        write_checkpoint(init_model(args), args.output_dir, partial(write_base_card, base=args.base))
+        write_checkpoint(init_model(args), args.output_dir, partial(describe, base=args.base))
+
+
+def describe(folder: Path, base: str) -> None:
+    write_base_card(folder, base)
+    write_certificate(folder, untrained(base))
 
 
 if __name__ == "__main__":

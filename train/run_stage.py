@@ -49,6 +49,11 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     if training_args.process_index == 0:  # the others read what it makes of them
         for source in data_args.datasets:
             check_exists(source)
+            if source.decontaminate is not None:  # of paper.yaml
+                logger.warning(
+                    f"{source.name} is read as it is, not compared with the test sets that paper.yaml names: "
+                    "train/build_data.py does that"
+                )
     repositories = check_push(training_args, model_args)
     settings = settings_of(model_args, data_args, training_args)
     resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from nvembed.eval.data.beir import checked_text
-from nvembed.eval.data.tables import find_tables, named_rows, read_table, text_of
+from nvembed.eval.data.tables import check_columns, find_tables, named_rows, read_table, text_of
 from nvembed.eval.files import whole, write_json
 
 
@@ -35,9 +35,12 @@ def read_corpus(path: str, split: str = "corpus") -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: nothing is found at the path, it has no documents, or a document is not text or repeats an id.
     """
-    seen, count = array("q"), 0
+    seen, count, column = array("q"), 0, None
     for count, (name, row) in enumerate(_rows(path, split), start=1):
-        column = next((column for column in IDS if column in row), None)
+        if count == 1:
+            column = next((column for column in IDS if column in row), None)
+        if column is not None:
+            check_columns(row, (column,), name)
         id_ = str(count - 1) if column is None else text_of({column: str(row[column])}, column, name)
         seen.append(int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "big", signed=True))
         yield id_, checked_text(row, name)

@@ -10,7 +10,7 @@ from nvembed.eval.files import sha256
 from nvembed.eval.report import read_run, write_report
 from nvembed.eval.training_data import FILE, is_seen, read_training_data, training_datasets
 from nvembed.train.card import evaluation_table, write_card
-from nvembed.train.certificate import certify, write_certificate
+from nvembed.train.certificate import certify, mteb_names, untrained, write_certificate
 from nvembed.train.data.prepared import provenance
 from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource
@@ -35,8 +35,10 @@ def certificate(tmp_path):
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"sets": {"own": one}}))
     sources = [as_source({"set": "banking77"})]
     blend = SimpleNamespace(tables=[range(7)])
-    (tmp_path / "base").mkdir()
-    write_certificate(tmp_path / "base", certify("stage1", "org/decoder", sources, None, blend, [70]))
+    for name in ("untrained", "base"):
+        (tmp_path / name).mkdir()
+    write_certificate(tmp_path / "untrained", untrained("org/decoder"))
+    write_certificate(tmp_path / "base", certify("stage1", str(tmp_path / "untrained"), sources, None, blend, [70]))
     own = DatasetSource(str(built), name="mine")
     made_of = {"datasets": [provenance(own)]}
     blend = SimpleNamespace(tables=[range(1)])
@@ -63,6 +65,23 @@ def test_tasks_are_seen_by_their_names_and_by_what_mteb_counts_as_similar(certif
     assert is_seen(mteb.get_task("Banking77Classification.v2"), certificate) is True
     assert is_seen(local_task("mine"), certificate) is True
     assert is_seen(local_task("mine"), None) is None
+
+
+def test_what_a_base_without_a_certificate_has_seen_is_not_known(tmp_path):
+    blend = SimpleNamespace(tables=[range(7)])
+    source = DatasetSource("me/rows", instruction="", mteb=["NQ"])
+    certificate = certify("stage1", "nvidia/NV-Embed-v2", [source], None, blend, [7])
+    assert (certificate["complete"], certificate["base"]) == (False, "nvidia/NV-Embed-v2")
+    assert is_seen(mteb.get_task("NQ"), certificate) is True
+    assert is_seen(mteb.get_task("SciFact"), certificate) is None
+
+
+def test_a_set_built_with_further_tasks_keeps_them(tmp_path):
+    built = tmp_path / "data" / "hover"
+    write_jsonl(built / "train.jsonl", [{"query": "q", "positive": "p"}])
+    one = {"source": {"path": "raw.jsonl", "mteb": ["FEVER"]}, "counts": {}, "files": {}}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"sets": {"hover": one}}))
+    assert mteb_names(as_source({"set": "hover"}, str(tmp_path / "data"))) == {"FEVER"}
 
 
 def test_the_card_names_the_sets_and_marks_the_scores(certificate, tmp_path):

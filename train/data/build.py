@@ -15,8 +15,8 @@ not on the number of tasks nor on interruptions.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,17 @@ from nvembed.eval.data.corpus import Texts, TextShards
 from nvembed.eval.files import sha256, write_json
 from nvembed.eval.models import LoadedModel, digest_model, load_model
 from nvembed.eval.shards import ExecutorArguments, Make, make_shards
-from nvembed.eval.vectors import MadeFrom, VectorShards, shard_path, write_manifest, write_shard
+from nvembed.eval.vectors import (
+    MANIFEST,
+    MadeFrom,
+    VectorShards,
+    forget_if_incomplete,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
 from nvembed.texts_nvembed import check_characters
+from nvembed.train.collator import text_id
 from nvembed.train.data.corpus import Corpus
 from nvembed.train.data.decontaminate import (
     DecontaminationRule,
@@ -43,8 +52,9 @@ from nvembed.train.data.decontaminate import (
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.mining import Miner, MiningRules, distinct_texts, merge_known_positives
 from nvembed.train.data.prepared import TRIPLET_FEATURES, first_difference, provenance
-from nvembed.train.data.source import DatasetSource, Pairs
+from nvembed.train.data.source import DatasetSource, Pairs, check_fields
 from nvembed.train.data.teachers import BM25, EmbeddingModel, Reranked, Teacher
+from nvembed.train.data.words import normalize
 
 
 SCHEMA = TRIPLET_FEATURES.arrow_schema
@@ -72,6 +82,9 @@ class TeacherSettings:
     instruct: bool = True
     trust_remote_code: bool = False
     cross_encoder: str | None = None
+
+    def __post_init__(self):
+        check_fields(self, "teacher")
 
     def load(self) -> LoadedModel:
         return load_model(
@@ -177,13 +190,15 @@ def prepare_pairs(settings: BuildSettings, output: Path) -> Make:
         source = settings.datasets[number]
         kind = KINDS[kind_of(source)]
         pairs: Pairs = kind.load(source, settings.num_negatives, settings.seed)
-        rows = iter(pairs.pairs)
         folder.mkdir()
         if pairs.corpus is not None:
-            listed = merge_known_positives(list(rows))
+            listed = merge_known_positives(list(pairs.pairs))
             documents = ((str(i), text) for i, text in enumerate(distinct_texts(pairs.corpus, listed)))
             TextShards.write(documents, folder / "corpus", settings.corpus_shard_rows)
             rows = iter(listed)
+        else:  # read twice, one row in memory at a time
+            again = kind.load(source, settings.num_negatives, settings.seed)
+            rows, pairs = without_positives(again.pairs, positives_of(pairs.pairs), again.counts), again
         usual = {"dataset": source.name, "instruction": settings.instruction, "symmetric": kind.symmetric}
         asked = {"instruction": source.instruction, "symmetric": source.symmetric}
         asked = {column: value for column, value in asked.items() if value is not None}
@@ -206,6 +221,29 @@ def prepare_pairs(settings: BuildSettings, output: Path) -> Make:
         write_json(folder / "summary.json", summary | {"kind": kind_of(source)})
 
     return make
+
+
+def positives_of(rows: Iterable[dict]) -> dict[int, set[int]]:
+    """The hashes of every query's positives, and of the query, by the query's hash: texts as `normalize` has them."""
+    positives: dict[int, set[int]] = {}
+    for row in rows:
+        query = text_id(normalize(row["query"]))
+        positives.setdefault(query, {query}).add(text_id(normalize(row["positive"])))
+    return positives
+
+
+def without_positives(rows: Iterable[dict], positives: dict[int, set[int]], counts: Counter) -> Iterator[dict]:
+    """The rows without given negatives that are the query or a positive of it, in whichever row, but for case and
+    punctuation; these are counted."""
+    for row in rows:
+        own = positives[text_id(normalize(row["query"]))]
+        kept = [place for place, text in enumerate(row["negatives"]) if text_id(normalize(text)) not in own]
+        if len(kept) < len(row["negatives"]):
+            counts["negatives that are the query or a positive of it"] += len(row["negatives"]) - len(kept)
+            row = row | {"negatives": [row["negatives"][place] for place in kept]}
+            if row.get("negative_scores") is not None:
+                row["negative_scores"] = [row["negative_scores"][place] for place in kept]
+        yield row
 
 
 # --- 2. Decontamination
@@ -311,30 +349,26 @@ def prepare_vectors(settings: BuildSettings, jobs: Sequence[tuple[SetPaths, int,
 
 def prepare_triplets(settings: BuildSettings, jobs: Sequence[tuple[SetPaths, int]]) -> Make:
     """Mines and checks one shard of triplets; the teacher of one set at a time is in memory."""
-    teachers: dict[str, tuple[Corpus, Teacher]] = {}
-    model: list[LoadedModel] = []
-    scorer: list[CrossEncoder] = []
+    corpora: dict[str, Corpus] = {}
+    teachers: dict[str, Teacher] = {}  # by prefix, of the set whose corpus is in memory
+    model = None if settings.teacher.model is None else settings.teacher.load()
+    name = settings.teacher.cross_encoder
+    score = None if name is None else partial(CrossEncoder(name).predict, show_progress_bar=False)
 
     def teacher_of(paths: SetPaths, instruction: str) -> tuple[Corpus, Teacher]:
-        key = f"{paths.name} {instruction}"
-        if key not in teachers:
+        if paths.name not in corpora:
+            corpora.clear()
             teachers.clear()
-            documents = TextShards.open(paths.corpus)
-            corpus = Corpus(Texts(documents))
-            if settings.teacher.model is None:
+            corpora[paths.name] = Corpus(Texts(TextShards.open(paths.corpus)))
+        corpus = corpora[paths.name]
+        prefix = "" if model is None else model.query_prefix(instruction)
+        if prefix not in teachers:
+            if model is None:
                 teacher = BM25(corpus)
             else:
-                if not model:
-                    model.append(settings.teacher.load())
-                vectors = VectorShards(paths.vectors)
-                embed, prefix = model[0].embed_for_search, model[0].query_prefix(instruction)
-                teacher = EmbeddingModel(corpus, vectors, embed, prefix)
-            if settings.teacher.cross_encoder is not None:
-                if not scorer:
-                    scorer.append(CrossEncoder(settings.teacher.cross_encoder))
-                teacher = Reranked(corpus, teacher, partial(scorer[0].predict, show_progress_bar=False))
-            teachers[key] = corpus, teacher
-        return teachers[key]
+                teacher = EmbeddingModel(corpus, VectorShards(paths.vectors), model.embed_for_search, prefix)
+            teachers[prefix] = teacher if score is None else Reranked(corpus, teacher, score)
+        return corpus, teachers[prefix]
 
     def make(number: int, path: Path) -> None:
         paths, shard = jobs[number]
@@ -407,7 +441,9 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
         write_json(file, record)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    if before != record:
+    if before != record and not any(output.glob("work/*/pairs")):  # nothing was built with it
+        write_json(file, record)
+    elif before != record:
         raise ValueError(
             f"{output} holds a build of something else: {first_difference(before, record)}; name another --output_dir, "
             "or remove this one"
@@ -417,13 +453,17 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
 def describe(settings: BuildSettings) -> dict:
     """All settings that decide what is built, with digests of local data, evaluation sets and a local teacher."""
     record = asdict(settings) | {"datasets": [provenance(source) for source in settings.datasets]}
-    rules = [rule for source in settings.datasets for rule in rules_of(settings, source)]
-    record["evaluation_sets"] = {
-        Path(name).name: digest_texts(replace(rule, against=[name]))
-        for rule in rules
-        for name in rule.against
-        if Path(name).is_file()
-    }
+    if settings.decontaminate is not None:
+        record["decontaminate"] = portable(settings.decontaminate)
+    for source, entry in zip(settings.datasets, record["datasets"]):
+        if source.decontaminate is not None:
+            entry["decontaminate"] = portable(read_rule(source.decontaminate))
+    rules = {repr(rule): rule for source in settings.datasets for rule in rules_of(settings, source)}
+    files = {(name, rule.documents) for rule in rules.values() for name in rule.against if Path(name).is_file()}
+    record["evaluation_sets"] = sorted(
+        [Path(name).name, documents, digest_texts(DecontaminationRule([name], documents=documents))]
+        for name, documents in files
+    )
     model = settings.teacher.model
     if model is not None and Path(model).is_dir():
         record["teacher"]["digest"] = digest_model(Path(model))
@@ -452,6 +492,12 @@ def build(settings: BuildSettings, output: Path, where: ExecutorArguments) -> di
     jobs = [(i, paths, n) for i, paths in enumerate(sets) for n in range(paths.summary["shards"])]
     clean = [paths.clean_shards()[n] for _, paths, n in jobs]
     make_shards("decontaminate", partial(prepare_clean, settings, jobs), clean, logs, where)
+    for paths in sets:
+        if not any(pq.read_metadata(shard / "pairs.parquet").num_rows for shard in paths.clean_shards()):
+            raise ValueError(
+                f"{paths.name}: every pair is too close to an evaluation set, so nothing is left; see the reports in "
+                f"{paths.clean}, then change the rule or drop the set"
+            )
 
     mined = [(i, paths) for i, paths in enumerate(sets) if paths.summary["mines"]]
     corpora = [paths.corpus for _, paths in mined]
@@ -476,7 +522,8 @@ def embed_corpora(settings: BuildSettings, sets: Sequence[tuple[DatasetSource, S
         symmetric = KINDS[kind_of(source)].symmetric if source.symmetric is None else source.symmetric
         prefix = model.document_prefix(instruction if symmetric else "")
         made_from[paths.name] = MadeFrom(model.name, model.revision, prefix, model.max_length, documents.digest)
-        if (paths.vectors / "manifest.json").is_file():
+        forget_if_incomplete(paths.vectors)
+        if (paths.vectors / MANIFEST).is_file():
             VectorShards(paths.vectors).check(made_from[paths.name])
         jobs += [(paths, number, prefix) for number in range(documents.shards)]
     del model
@@ -500,6 +547,7 @@ def summarize(settings: BuildSettings, sets: Sequence[SetPaths]) -> dict:
         summary[paths.name] = {
             "source": {name: value for name, value in asdict(source).items() if value is not None},
             "kind": paths.summary["kind"],
+            "decontaminate": [portable(rule) for rule in rules_of(settings, source)],
             "counts": {
                 "pairs": paths.summary["counts"],
                 "decontaminate": dict(sorted(contamination.items())),
@@ -508,6 +556,11 @@ def summarize(settings: BuildSettings, sets: Sequence[SetPaths]) -> dict:
             "files": {path.name: sha256(path) for path in paths.triplet_shards()},
         }
     return summary
+
+
+def portable(rule: DecontaminationRule) -> dict:
+    """A rule with the names of files instead of where they are."""
+    return asdict(rule) | {"against": [Path(name).name if Path(name).is_file() else name for name in rule.against]}
 
 
 def teacher_name(settings: TeacherSettings) -> Literal["BM25"] | str:

@@ -88,25 +88,27 @@ class Others(Sequence):
 
 
 def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
-    """Pairs of a text and its label's words.
+    """Pairs of a text and its label's words, of several the first's; none of its labels is a negative.
 
     Raises:
         ValueError: all texts are of one class, all labels are numbers, or one has no words.
     """
-    rows = [(text, label) for text, (label, *_) in _read(source)]
-    if blank := [label for _, label in rows if not _words(label)]:
+    rows = _read(source)
+    every = [label for _, labels in rows for label in labels]
+    if blank := [label for label in every if not _words(label)]:
         raise ValueError(f"{source.path}: label {blank[0]!r} has no words; label_classification needs some")
-    names = sorted({_words(label) for _, label in rows})  # two labels may be the same in words
+    names = sorted({_words(label) for label in every})  # two labels may be the same in words
     _check_labels(source, names)
     if all(name.isdigit() for name in names):
         raise ValueError(f"{source.path}: labels are the numbers {names[:5]}; label_classification needs their words")
     rng = random.Random(seed)
     pairs = []
     chosen = sample(rows, source.samples, seed)
-    for text, label in chosen:
-        others = [name for name in names if name != _words(label)]
+    for text, labels in chosen:
+        own = {_words(label) for label in labels}
+        others = [name for name in names if name not in own]
         negatives = rng.sample(others, min(num_negatives, len(others)))
-        pairs.append({"query": text, "positive": _words(label), "negatives": negatives})
+        pairs.append({"query": text, "positive": _words(labels[0]), "negatives": negatives})
     counts = Counter({"rows": len(rows), "not sampled": len(rows) - len(chosen)})
     return Pairs(pairs, counts=+counts)
 
@@ -115,7 +117,7 @@ def _read(source: DatasetSource) -> list[tuple[str, list[str]]]:
     """(Text, its labels) of every row; without a `label_separator`, one label."""
     rows = []
     for name, row in read_rows(source, ("text", "label")):
-        label = _label(row, name)
+        label = _label(row, name, is_named=source.columns is not None and "label" in source.columns)
         parts = [label] if source.label_separator is None else label.split(source.label_separator)
         labels = [part.strip() for part in parts if part.strip()]
         if not labels:
@@ -124,8 +126,9 @@ def _read(source: DatasetSource) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _label(row: dict, name: str) -> str:
-    label = row.get("label_text", row["label"])  # MTEB's tables on the Hub have the words in `label_text`
+def _label(row: dict, name: str, is_named: bool) -> str:
+    # MTEB's tables on the Hub have the words in `label_text`; a recipe's `columns:` outranks it.
+    label = row["label"] if is_named else row.get("label_text", row["label"])
     if not isinstance(label, (str, int, bool)):
         raise ValueError(f'{name}: "label" is {label!r}; it must be a string or a number')
     if isinstance(label, str) and not label.strip():

@@ -1,15 +1,10 @@
 """The distinct texts that negatives are mined from, in memory or on disk."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import regex
 
 from nvembed.train.collator import text_id
-
-
-WORDS = regex.compile(r"[\w\p{M}]+")
 
 
 class Corpus(Sequence[str]):
@@ -45,11 +40,3 @@ class Corpus(Sequence[str]):
         if (missing := np.flatnonzero(self._hashes[places] != hashes)).size:
             raise ValueError(f"{texts[missing[0]][:80]!r} is not in the corpus of {len(self)} texts")
         return self._order[places]
-
-
-def normalize(text: str) -> str:
-    """The text's words in lower case (NFKC), one space between them; a text without words stays as it is.
-
-    Texts that are the same so are taken for near-identical: they differ in case, punctuation and spaces alone.
-    """
-    return " ".join(WORDS.findall(unicodedata.normalize("NFKC", text).casefold())) or text.strip()

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,17 +20,19 @@ from datatrove.utils.text import ngrams
 from mteb.abstasks import AbsTaskRetrieval
 from tqdm import tqdm
 
+from nvembed.eval.data.beir import document_text
 from nvembed.eval.data.tables import read_table
 from nvembed.eval.files import write_json
 from nvembed.eval.tasks.lookup import select_tasks, with_parts
 from nvembed.train.collator import text_id
-from nvembed.train.data.corpus import normalize
+from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.prepared import iterate_triplets, write_jsonl
-from nvembed.train.data.source import DatasetSource
-from nvembed.train.data.teachers import split_words
+from nvembed.train.data.source import DatasetSource, check_fields
+from nvembed.train.data.words import normal_words, normalize, split_words
 
 
 MATCHES = ("exact", "normalized", "ngram", "bm25")
+ROUNDING = 1e-5  # of BM25's scores, which are fp32
 TEXT_COLUMNS = ("text", "sentences", "sentence1", "sentence2", "query", "title")  # of mteb's tasks and of files
 
 
@@ -43,7 +45,7 @@ class DecontaminationRule:
             `text`, `sentence1`, `sentence2`, `query` hold texts. Of retrieval tasks, the queries.
         match: "exact": the same text; "normalized": the same words, whatever the case and punctuation; "ngram": `n`
             words in a row are the same; "bm25": a similarity (`BM25Similarity`) of at least `threshold`.
-        n: words of an n-gram; a text with fewer is never matched by "ngram".
+        n: words of an n-gram, or characters in scripts without spaces; a text with fewer is never matched by "ngram".
         threshold: of "bm25", 0 to 1.
         documents: compare with the documents of retrieval tasks, too.
 
@@ -58,13 +60,13 @@ class DecontaminationRule:
     documents: bool = False
 
     def __post_init__(self):
+        check_fields(self, "decontaminate")
         for name in ("against", "match"):
-            value = getattr(self, name)
-            if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
-                raise ValueError(f"decontaminate: {name} is {value!r}; it must be a list of at least one name")
+            if not getattr(self, name):
+                raise ValueError(f"decontaminate: {name} is empty; it must be a list of at least one name")
         if unknown := [match for match in self.match if match not in MATCHES]:
             raise ValueError(f"decontaminate: match has {unknown[0]!r}; known are {', '.join(MATCHES)}")
-        if not isinstance(self.n, int) or self.n < 1:
+        if self.n < 1:
             raise ValueError(f"decontaminate: n is {self.n!r}; it must be a number of words, 1 or more")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"decontaminate: threshold is {self.threshold}; it must be above 0 and up to 1, the same")
@@ -107,7 +109,7 @@ def evaluation_texts(rule: DecontaminationRule) -> dict[str, list[str]]:
                 raise ValueError(
                     f"decontaminate: {set_} (of {name}) holds no texts in columns {', '.join(TEXT_COLUMNS)}"
                 )
-            texts[set_] = distinct
+            texts[set_] = list(dict.fromkeys([*texts.get(set_, ()), *distinct]))  # two files may have one name
     return texts
 
 
@@ -117,17 +119,23 @@ def _texts_of_task(task, documents: bool) -> Iterator[str]:
             task.load_data()
         except Exception as error:
             raise ValueError(f"decontaminate: the data of {task.metadata.name} failed to load: {error}") from error
-    for subset in task.dataset.values():
-        splits = subset if not isinstance(subset, Dataset) else {None: subset}
-        for split, data in splits.items():
-            if split is not None and split not in task.metadata.eval_splits:
-                continue
-            if isinstance(task, AbsTaskRetrieval):
-                yield from data["queries"]["text"]
-                if documents:
-                    yield from (f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"])
-            else:
-                yield from _texts_of_rows(data)
+    for data in _evaluated_parts(task.dataset, task.metadata.eval_splits):
+        if isinstance(task, AbsTaskRetrieval):
+            yield from data["queries"]["text"]
+            if documents:
+                yield from (document_text(row) for row in data["corpus"])
+        else:
+            yield from _texts_of_rows(data)
+
+
+def _evaluated_parts(data: Mapping, splits: Sequence[str]) -> Iterator:
+    """The parts of a task's data that it is measured on: mteb keeps them by split, or by subset and split."""
+    for name, part in data.items():
+        if isinstance(part, Dataset) or "queries" in part:
+            if name in splits:
+                yield part
+        else:
+            yield from _evaluated_parts(part, splits)
 
 
 def _texts_of_rows(rows: Iterable[dict]) -> Iterator[str]:
@@ -165,7 +173,7 @@ class Decontaminator:
             normal = normalize(text)
             self.normalized.setdefault(normal, (set_, text))
             if "ngram" in rule.match:
-                for words in ngrams(normal.split(), rule.n):
+                for words in ngrams(normal_words(text), rule.n):
                     self.ngrams.setdefault(text_id(" ".join(words)), (set_, " ".join(words)))
         self.bm25 = BM25Similarity(list(self.exact)) if "bm25" in rule.match else None
 
@@ -175,7 +183,7 @@ class Decontaminator:
         if self.bm25 is not None:
             open_ = [i for i, one in enumerate(found) if one is None]
             for i, (score, text) in zip(open_, self.bm25.nearest([texts[i] for i in open_])):
-                if score >= self.rule.threshold:
+                if score >= self.rule.threshold - ROUNDING:
                     found[i] = Contamination("bm25", self.exact[text], text)
         return found
 
@@ -186,7 +194,7 @@ class Decontaminator:
         if "normalized" in self.rule.match and normal in self.normalized:
             return Contamination("normalized", *self.normalized[normal])
         if "ngram" in self.rule.match:
-            for words in ngrams(normal.split(), self.rule.n):
+            for words in ngrams(normal_words(text), self.rule.n):
                 if (match := self.ngrams.get(text_id(" ".join(words)))) is not None:
                     return Contamination("ngram", *match)
         return None
@@ -286,6 +294,15 @@ def main() -> None:
         sys.exit(f"decontaminate: {error}")
 
 
+def read_triplets(source: DatasetSource, num_negatives: int) -> Iterator[dict]:
+    """The triplets of a source, without an instruction if it gives none; rows without negatives are not mined."""
+    if kind_of(source) == "triplets":
+        yield from KINDS["triplets"].load(source, num_negatives, 0).pairs
+        return
+    for row in iterate_triplets(source, num_negatives, 0, ""):
+        yield {key: value for key, value in row.items() if (key, value) != ("instruction", "")}
+
+
 def run(args: argparse.Namespace) -> None:
     """Writes the clean triplets of a source and `<output>.report.json`, or prints the report."""
     rule = DecontaminationRule(args.against, args.match, args.n, args.threshold, args.documents)
@@ -294,7 +311,7 @@ def run(args: argparse.Namespace) -> None:
     counts, report = Counter(), []
 
     def clean() -> Iterator[dict]:
-        for triplet in tqdm(iterate_triplets(source, args.num_negatives, 0, ""), desc="Comparing", unit="triplet"):
+        for triplet in tqdm(read_triplets(source, args.num_negatives), desc="Comparing", unit="triplet"):
             counts["triplets"] += 1
             kept, dropped = clean_triplet(triplet, decontaminator.find)
             for part, text, why in dropped:

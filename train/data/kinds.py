@@ -1,7 +1,7 @@
 """The kinds of data: what turns a source's rows into pairs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nvembed.train.data import classification, nemotron, retrieval, sts, triplets
 from nvembed.train.data.source import DatasetSource, Pairs, columns_of, is_beir, is_nemotron
@@ -41,21 +41,42 @@ COLUMNS = (
 )
 
 
+# Keys of an entry that a kind's layout has no use for.
+WITHOUT_EFFECT = {
+    "retrieval": ("config", "columns", "label_separator"),
+    "nemotron": ("columns", "label_separator"),
+    "triplets": ("label_separator",),
+    "qa": ("label_separator",),
+    "nli": ("label_separator",),
+    "sts": ("label_separator",),
+}
+
+
 def check_kind(source: DatasetSource) -> None:
-    """Raises a `ValueError` if the recipe names a kind that does not exist."""
-    if source.kind is not None and source.kind not in KINDS:
+    """Raises a `ValueError` if the recipe names a kind that does not exist, or a key that has no effect on its kind."""
+    if source.kind is None:
+        return
+    if source.kind not in KINDS:
         raise ValueError(f"{source.path}: kind is {source.kind!r}; known kinds are {', '.join(sorted(KINDS))}")
+    for name in WITHOUT_EFFECT.get(source.kind, ()):
+        if getattr(source, name) is not None:
+            raise ValueError(f"{source.path}: {name} has no effect on data of kind {source.kind}; leave it out")
+    if source.kind == "nemotron" and source.split != "train":
+        raise ValueError(f"{source.path}: split is {source.split!r}, but sets of kind nemotron have train alone")
 
 
 def kind_of(source: DatasetSource) -> str:
     """The recipe's kind, else the one whose layout or columns the source has.
 
     Raises:
-        ValueError: the recipe's kind does not exist, or none fits; the columns found are named.
+        ValueError: as `check_kind`, or no kind fits; the columns found are named.
     """
-    check_kind(source)
-    if source.kind is not None:
-        return source.kind
+    kind = source.kind or _kind_of_layout(source)
+    check_kind(replace(source, kind=kind))
+    return kind
+
+
+def _kind_of_layout(source: DatasetSource) -> str:
     if is_nemotron(source):
         return "nemotron"
     if is_beir(source):

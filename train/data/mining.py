@@ -10,9 +10,10 @@ from tqdm import tqdm
 from transformers.utils.logging import get_logger
 
 from nvembed.train.collator import text_id
-from nvembed.train.data.corpus import Corpus, normalize
-from nvembed.train.data.source import Pairs
+from nvembed.train.data.corpus import Corpus
+from nvembed.train.data.source import Pairs, check_fields
 from nvembed.train.data.teachers import BM25, Teacher
+from nvembed.train.data.words import normalize
 
 
 logger = get_logger(__name__)
@@ -35,7 +36,8 @@ class MiningRules:
         first_rank, last_rank: ranks that negatives are taken from (Top-k shifted by N), 1 being the best document,
             positives included; `last_rank` None: as far down as needed.
         pick: the best-ranked of the documents that pass, or random ones among them (needs `last_rank`).
-        fill: where too few pass, draw the rest at random from the corpus's documents that score low enough.
+        fill: where too few pass, draw the rest at random from the corpus's documents that score low enough. None: yes
+            if ranks are not limited; a limit of ranks rules it out.
 
     Raises:
         ValueError: a value is out of range.
@@ -47,17 +49,23 @@ class MiningRules:
     first_rank: int = 1
     last_rank: int | None = None
     pick: Literal["best", "random"] = "best"
-    fill: bool = True
+    fill: bool | None = None
 
     def __post_init__(self):
+        check_fields(self, "mining")
         if self.max_ratio is not None and not 0 < self.max_ratio <= 1:
             raise ValueError(f"max_ratio is {self.max_ratio}; it is a share above 0 and up to 1 (the paper's: 0.95)")
         if self.margin is not None and not self.margin >= 0:
             raise ValueError(f"margin is {self.margin}; it must be 0 or more")
         if self.first_rank < 1 or (self.last_rank is not None and self.last_rank < self.first_rank):
             raise ValueError(f"ranks {self.first_rank} to {self.last_rank} hold no document; the best one is of rank 1")
-        if self.pick not in ("best", "random"):
-            raise ValueError(f"pick is {self.pick!r}; it must be best or random")
+        is_limited = self.first_rank > 1 or self.last_rank is not None
+        if self.fill and is_limited:
+            raise ValueError(
+                "fill: true draws from all ranks, and first_rank or last_rank limits them; drop one of them"
+            )
+        if self.fill is None:
+            object.__setattr__(self, "fill", not is_limited)
         if self.pick == "random" and self.last_rank is None:
             raise ValueError("pick: random needs last_rank: random ones of which documents?")
 
@@ -168,6 +176,8 @@ class Miner:
         excluded = [{normalize(text) for text in (pair["query"], *pair["known_positives"])} for pair in pairs]
         chosen: list[dict[str, float]] = [{} for _ in pairs]
         unfinished, k = list(range(len(pairs))), min(SEARCHED, self.rules.last_rank or SEARCHED)
+        if self.rules.pick == "random":
+            k = self.rules.last_rank  # of all of them
         first = True
         while unfinished:
             deeper = []

@@ -79,7 +79,7 @@ def load_nli(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
             entailed[hypothesis] = None
         elif label in CONTRADICTION:
             contradicting[hypothesis] = None
-            counts["contradiction, a negative"] += 1
+            counts["contradictions, as negatives"] += 1
         else:
             counts["neutral or without a label"] += 1
     rng, pairs = random.Random(seed), []

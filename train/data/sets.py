@@ -90,7 +90,7 @@ def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) ->
     known = find_set(entry["set"])
     given = {"name": known.name} | entry
     if data_dir is not None and "path" not in entry:
-        folder = str(Path(data_dir, known.name))
+        folder = str(Path(data_dir, given["name"]))
         return source.as_source({"path": folder, "kind": "triplets", "mteb": known.mteb} | given)
     told = {name: getattr(known, name) for name in OF_SOURCE if getattr(known, name) is not None}
     if "path" not in told | given:

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType, UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from datasets import load_dataset
 
@@ -62,10 +63,7 @@ class DatasetSource:
     decontaminate: dict | None = None
 
     def __post_init__(self):
-        for name, kinds in FIELD_TYPES.items():
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or (name in ("samples", "weight") and isinstance(value, bool)):
-                raise ValueError(f"datasets: {name} is {value!r} of type {type(value).__name__} in {self}")
+        check_fields(self, f"datasets: {self.path}")
         for name in ("instruction", "name"):
             check_characters(getattr(self, name) or "", f"datasets: {name} of {self.path}")
         if self.samples is not None and self.samples < 1:
@@ -73,8 +71,7 @@ class DatasetSource:
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or left out")
         for column, origin in (self.columns or {}).items():
-            names = origin if isinstance(origin, list) else [origin]
-            if not names or not all(isinstance(name, str) for name in names):
+            if origin in ("", []):
                 raise ValueError(f"{self.path}: columns has {column}: {origin!r}; it takes a column's name, or a list")
         if self.label_separator == "":
             raise ValueError(f'{self.path}: label_separator is ""; leave it out for one label a text')
@@ -82,22 +79,40 @@ class DatasetSource:
             self.name = Path(self.path).stem
 
 
-FIELD_TYPES = {
-    "path": str,
-    "kind": (str, type(None)),
-    "split": str,
-    "instruction": (str, type(None)),
-    "symmetric": (bool, type(None)),
-    "samples": (int, type(None)),
-    "weight": (float, int, type(None)),
-    "name": (str, type(None)),
-    "config": (str, type(None)),
-    "columns": (dict, type(None)),
-    "label_separator": (str, type(None)),
-    "set": (str, type(None)),
-    "mteb": (list, type(None)),
-    "decontaminate": (dict, type(None)),
-}
+def check_fields(settings, where: str) -> None:
+    """Raises a `ValueError` if a field of a dataclass has a value of another type than its annotation says.
+
+    An int is a float, too; a bool is no number.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{where}: {name} is {value!r} of type {type(value).__name__}, not {_shown(hint)}")
+
+
+def _fits(value, hint) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _shown(hint) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_shown(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return {NoneType: "left out"}.get(
+        hint, getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+    )
 
 
 @dataclass

@@ -31,9 +31,10 @@ from transformers import AutoTokenizer, pipeline
 
 from nvembed.eval.files import whole, write_json
 from nvembed.texts_nvembed import check_characters
-from nvembed.train.data.corpus import normalize
+from nvembed.train.data.words import normalize
 
 
+TIMED_OUT, REFUSED = "timed out", "refused (400)"  # no answers to keep: another run asks again
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 TASKS_PER_CALL = 20
 FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
@@ -60,6 +61,7 @@ class Writer(Protocol):
     """A language model that answers a prompt."""
 
     name: str
+    options: dict  # that change the answers
 
     async def answer(self, prompt: str, seed: int) -> Answer: ...
 
@@ -72,8 +74,11 @@ class Endpoint:
         requests_per_minute: None: as many as `concurrency` allows.
 
     Raises:
-        ConnectionError: from `answer`: the endpoint is down, refuses the key or the model, or is no such endpoint.
+        ConnectionError: from `answer`: the endpoint is down, refuses the key, the model or every prompt, or is no such
+            endpoint.
     """
+
+    REFUSALS = 10  # in a row, from the start, until it is taken for the endpoint's fault and not the prompts'
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Endpoint:
         self.url, self.name, self.counts = url, model, counts
         self.limiter = None if requests_per_minute is None else AsyncLimiter(1, 60 / requests_per_minute)
         self.options = {"max_tokens": max_tokens, "temperature": temperature}
+        self.refused = 0
 
         async def count(response: httpx.Response) -> None:
             counts[f"HTTP {response.status_code}"] += 1
@@ -111,7 +117,12 @@ class Endpoint:
             )
         except openai.APITimeoutError:
             self.counts["timed out"] += 1
-            return Answer(None, "timed out")
+            return Answer(None, TIMED_OUT)
+        except openai.BadRequestError as error:  # of hosted endpoints often a filter of contents
+            self.refused += 1
+            if self.refused == self.REFUSALS and not self.counts["HTTP 200"]:
+                raise ConnectionError(f"{self.url} refuses every prompt (400): {error.message}") from error
+            return Answer(None, REFUSED)
         except openai.APIConnectionError as error:
             raise ConnectionError(
                 f"{self.url} cannot be reached: {error.__cause__ or error}; is it running?"
@@ -129,13 +140,16 @@ class Endpoint:
             raise ConnectionError(f"{self.url} does not answer as an OpenAI-compatible endpoint: {error}") from error
         choices = getattr(response, "choices", None)
         if not choices:
-            shown = str(response)[:80]
             raise ConnectionError(
-                f"{self.url} does not answer as an OpenAI-compatible endpoint: {shown!r}; end in /v1?"
+                f"{self.url} does not answer as an OpenAI-compatible endpoint: {str(response)[:80]!r}; end in /v1?"
             )
-        usage = response.usage
-        tokens = (0, 0) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
-        return Answer(choices[0].message.content, choices[0].finish_reason or "stop", *tokens)
+        # The client does not check the types of what it is given.
+        text = getattr(getattr(choices[0], "message", None), "content", None)
+        counted = (getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        tokens = (number if isinstance(number, int) else 0 for number in counted)
+        if text is not None and not isinstance(text, str):
+            return Answer(None, "another thing than text", *tokens)
+        return Answer(text, str(choices[0].finish_reason or "stop"), *tokens)
 
 
 class LocalModel:
@@ -184,7 +198,9 @@ class Answers:
 
     def add(self, key: str, answer: Answer) -> None:
         self.known[key] = answer
-        self.file.write(json.dumps({"key": key} | asdict(answer), ensure_ascii=False).encode() + b"\n")
+        if answer.finish in (TIMED_OUT, REFUSED):
+            return
+        self.file.write(json.dumps({"key": key} | asdict(answer)).encode() + b"\n")  # ASCII: half a character, too
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -199,7 +215,7 @@ def read_json(answer: Answer) -> object:
         ValueError: there is no answer, it is cut off, or it is not JSON alone; the message is the reason to count.
     """
     if answer.text is None or not answer.text.strip():
-        raise ValueError("timed out" if answer.finish == "timed out" else "empty answer")
+        raise ValueError("empty answer" if answer.finish in ("stop", "eos", "length") else answer.finish)
     if answer.finish == "length":
         raise ValueError("cut off at max_tokens")
     if answer.finish not in ("stop", "eos"):
@@ -299,7 +315,8 @@ class Synthesis:
         """What `read` makes of the first right answer; None if no attempt gives one."""
         reasons = []
         for attempt in range(self.settings.attempts):
-            identity = json.dumps([self.writer.name, self.settings.seed, place, attempt, prompt])
+            of_run = [self.writer.name, self.writer.options, self.settings.seed]
+            identity = json.dumps([*of_run, place, attempt, prompt])
             key = hashlib.sha256(identity.encode()).hexdigest()
             if (answer := self.answers.known.get(key)) is None:
                 async with self.free:
@@ -411,7 +428,7 @@ def synthesize(writer: Writer, output: Path, settings: Settings, counts: Counter
         synthesis.answers.file.close()
     for name, rows in (("train.jsonl", triplets), ("rejected.jsonl", synthesis.rejected)):
         with whole(output / name) as partial:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokens_in, tokens_out = synthesis.tokens
     report = {
         "model": writer.name,

@@ -1,18 +1,17 @@
 """Teachers rank a corpus for mining: BM25, an embedding model, either of them reranked by a cross-encoder."""
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import bm25s
 import numpy as np
-import regex
 from bm25s.tokenization import Tokenized, Tokenizer
 
 from nvembed.eval.processes import Embed
 from nvembed.eval.search import exact_search
 from nvembed.eval.vectors import VectorShards
 from nvembed.train.data.corpus import Corpus
+from nvembed.train.data.words import split_words
 
 
 COMPILED = 100_000  # from so many documents on, compiling the search (8 s) pays: at 1,000,000 it is 150 times as fast
@@ -156,29 +155,3 @@ class Reranked:
 
     def pair_scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
         return np.asarray(self.score(list(zip(queries, documents))), dtype=np.float32)
-
-
-# Scripts that are written without spaces between words.
-UNSPACED = "".join(
-    rf"\p{{Script={name}}}" for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
-)
-# A run of such a script with its marks, or a word of letters, digits and marks of others.
-RUNS = regex.compile(rf"(?V1)(?P<unspaced>[[{UNSPACED}ー]&&[\w\p{{M}}]]+)|[[\w\p{{M}}]--[{UNSPACED}]]+")
-CHARACTERS = regex.compile(r"\X")  # a letter with its marks
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text, one-letter words included; in scripts without spaces, characters and pairs of them.
-
-    Overlapping pairs are how search engines index Chinese, Japanese and Thai without a dictionary; the single
-    characters match words of one character. Full-width and half-width forms are the same (NFKC).
-    """
-    words = []
-    for run in RUNS.finditer(unicodedata.normalize("NFKC", text)):
-        if run["unspaced"] is None:
-            words.append(run[0])
-            continue
-        characters = CHARACTERS.findall(run[0])
-        words += characters
-        words += map("".join, zip(characters, characters[1:]))
-    return words

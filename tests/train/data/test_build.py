@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,9 +96,9 @@ def test_counts_equal_those_of_each_familys_rule(recipe, tmp_path):
     }  # fmt: skip
     assert counts["sts"]["mine"]["triplets"] == 6
     assert counts["ready"]["decontaminate"] == {"negative close to asleep (normalized)": 3}
-    assert counts["ready"]["mine"] == {
-        "pairs": 3, "triplets": 3, "negatives": 3, "negatives that are the query or the positive": 3,
-    }  # fmt: skip
+    assert counts["ready"]["pairs"]["negatives that are the query or a positive of it"] == 3
+    assert counts["ready"]["mine"] == {"pairs": 3, "triplets": 3, "negatives": 3}
+    assert manifest["sets"]["ready"]["decontaminate"][0]["against"] == ["tasks.yaml"]
     folder = tmp_path / "out"
     for name, one in manifest["sets"].items():
         rows = triplets_of(folder, manifest, name)
@@ -213,7 +214,7 @@ def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp
     build(recipe, tmp_path / "out", sets=["ready"])
     with (tmp_path / "data" / "test" / "test.jsonl").open("a") as file:
         file.write(json.dumps({"sentence1": "p0", "sentence2": "w", "score": 1}) + "\n")
-    with pytest.raises(ValueError, match="something else: evaluation_sets was {'tasks.yaml': .*} and is"):
+    with pytest.raises(ValueError, match=r"something else: evaluation_sets was \[\['tasks.yaml', .* and is"):
         build(recipe, tmp_path / "out", sets=["ready"])
     with pytest.raises(ValueError, match="data holds files that are not of a build"):
         build(recipe, tmp_path / "data")
@@ -226,6 +227,21 @@ def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp
         ({"negatives": 3}, "unknown key 'negatives'; known are datasets"),
         ({"teacher": {"name": "x"}}, "teacher has unknown key 'name'; known are model"),
         ({"mining": {"max_ratio": 2}}, "max_ratio is 2"),
+        ({"mining": {"max_ratio": "0.95"}}, "mining: max_ratio is '0.95' of type str, not float or left out"),
+        ({"mining": {"fill": "false"}}, "mining: fill is 'false' of type str"),
+        ({"mining": {"fill": True, "last_rank": 5}}, "fill: true draws from all ranks, and first_rank or last_rank"),
+        ({"teacher": {"max_length": 2.5}}, "teacher: max_length is 2.5 of type float, not int"),
+        ({"seed": 1.5}, "seed is 1.5 of type float, not int"),
+        ({"num_negatives": True}, "num_negatives is True of type bool, not int"),
+        (
+            {"datasets": [{"path": "data/ready.jsonl", "name": "../out"}]},
+            "named '../out', but its name is that of a fo",
+        ),
+        ({"datasets": [{"path": "data/ready.jsonl", "name": "work"}]}, "named 'work'"),
+        (
+            {"datasets": [{"path": "data/search", "kind": "retrieval", "columns": {"text": "a"}}]},
+            "columns has no effect",
+        ),
         ({"mining": 7}, "mining is 7, not a mapping"),
         ({"num_negatives": 0}, "num_negatives is 0"),
         ({"datasets": [{"path": "data/none.jsonl"}]}, "none.jsonl does not exist"),
@@ -238,11 +254,44 @@ def test_bad_recipes_are_named(recipe, values, error):
         read_recipe(recipe)
 
 
+def test_given_negatives_are_never_positives_of_their_query(recipe, tmp_path):
+    rows = [
+        {"query": "q", "pos": ["a", "b"], "neg": ["b", "c", "A.", "a"]},
+        {"query": "Q!", "pos": ["z"], "neg": ["a", "k"]},
+    ]
+    write_jsonl(tmp_path / "data" / "several.jsonl", rows)
+    change(recipe, datasets=[{"path": "data/several.jsonl"}])
+    manifest = build(recipe, tmp_path / "out")
+    found = triplets_of(tmp_path / "out", manifest, "several")
+    assert [(row["positive"], row["negatives"]) for row in found] == [("a", ["c"]), ("b", ["c"]), ("z", ["k"])]
+    assert manifest["sets"]["several"]["counts"]["pairs"] == {
+        "rows": 2, "pairs": 3, "further positives": 1, "negatives that are the query or a positive of it": 7,
+    }  # fmt: skip
+
+
+def test_a_set_of_which_nothing_is_left_is_an_error(recipe, tmp_path):
+    write_jsonl(tmp_path / "data" / "test" / "test.jsonl", [
+        {"sentence1": f"q{i}", "sentence2": "x", "score": i} for i in range(3)
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="ready: every pair is too close to an evaluation set, so nothing is left"):
+        build(recipe, tmp_path / "out", sets=["ready"])
+
+
+def test_lost_vectors_are_made_again(recipe, checkpoint, tmp_path):
+    change(recipe, teacher={"model": str(checkpoint), "max_length": 64}, datasets=[{"path": "data/search"}])
+    expected = build(recipe, tmp_path / "out")
+    for name in ("work/search/vectors/00001", "search"):
+        shutil.rmtree(tmp_path / "out" / name)
+    assert build(recipe, tmp_path / "out") == expected
+
+
 def test_data_without_an_instruction_or_without_pairs_is_named(recipe, tmp_path):
     change(recipe, instruction=None, datasets=[{"path": "data/sts"}])
     with pytest.raises(ValueError, match="sts has no instruction, which every query carries"):
         build(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "work" / "sts" / "pairs").exists()
+    change(recipe, instruction="", datasets=[{"path": "data/sts"}])
+    assert build(recipe, tmp_path / "out")["sets"]["sts"], "mended as the error says, it goes on in the same folder"
     write_jsonl(tmp_path / "data" / "far" / "train.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 0}])
     change(recipe, instruction="", datasets=[{"path": "data/far"}])
     with pytest.raises(ValueError, match="far: split 'train' of .*far gave no pairs"):

@@ -134,15 +134,23 @@ def test_an_embedding_teacher_equals_a_brute_force_miner_in_float64(tmp_path, ru
 
 
 def test_random_picks_are_of_the_ranks_asked_for():
-    corpus = ["pos", *(f"document {i}" for i in range(50))]
-    rules = MiningRules(pick="random", first_rank=11, last_rank=20)
-    scores = [100.0, *np.linspace(90, 10, 50)]
+    corpus = ["pos", *(f"document {i}" for i in range(300))]
+    rules = MiningRules(pick="random", first_rank=151, last_rank=160)
+    scores = [100.0, *np.linspace(90, 10, 300)]
     picked = set()
     for i in range(20):
         (triplet,) = mine([{"query": f"q{i}", "positive": "pos"}], corpus, 3, scores, rules=rules)
         assert triplet["negative_scores"] == sorted(triplet["negative_scores"], reverse=True)
         picked.update(triplet["negatives"])
-    assert picked == {f"document {i}" for i in range(9, 19)}
+    assert picked == {f"document {i}" for i in range(149, 159)}
+
+
+def test_ranks_that_are_ruled_out_do_not_come_back():
+    corpus = ["pos", *(f"document {i}" for i in range(20))]
+    scores = [100.0, *np.linspace(90, 10, 20)]
+    for rules, expected in ((MiningRules(last_rank=5), range(4)), (MiningRules(first_rank=19), range(17, 20))):
+        (triplet,) = mine([{"query": "q", "positive": "pos"}], corpus, 7, scores, rules=rules)
+        assert triplet["negatives"] == [f"document {i}" for i in expected]
 
 
 def test_negatives_do_not_depend_on_the_pairs_beside():

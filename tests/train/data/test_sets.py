@@ -135,7 +135,7 @@ def test_nli_takes_contradictions_as_hard_negatives(tmp_path):
         ("p", "e2", ["c1", "c2"]),
     ]
     assert dict(pairs.counts) == {
-        "rows": 7, "contradiction, a negative": 2, "neutral or without a label": 2, "no contradiction": 1,
+        "rows": 7, "contradictions, as negatives": 2, "neutral or without a label": 2, "no contradiction": 1,
     }  # fmt: skip
     assert prepare([source], 1)[0]["symmetric"]
     write_jsonl(tmp_path / "train.jsonl", [{"premise": "p", "hypothesis": "h", "label": 7}])

@@ -137,6 +137,45 @@ def test_every_kind_of_wrong_answer_is_counted_and_asked_again(endpoint, tmp_pat
     assert rows(tmp_path / "out" / "rejected.jsonl") == []
 
 
+def test_answers_of_the_wrong_types_are_counted_and_do_not_stop_the_next_run(endpoint, tmp_path):
+    odd = [completion(7), completion(["x"]), completion("\ud800"), completion("x") | {"usage": None}]
+    odd.append(completion("x") | {"usage": {"prompt_tokens": None}})
+    odd.append(completion("x"))
+    odd[-1]["choices"][0]["message"] = None
+
+    def respond(prompt, number):
+        return good(prompt, number) if "JSON list" in prompt else (200, odd[number % len(odd)], 0)
+
+    endpoint.respond = respond
+    report = run(endpoint, tmp_path / "out", tasks=6, settings={"concurrency": 1})
+    assert report["counts"]["set aside"] == 6
+    assert report["counts"]["wrong answer: another thing than text"] >= 2
+    endpoint.respond = good
+    assert run(endpoint, tmp_path / "out", tasks=6, settings={"seed": 1})["counts"]["triplets"] == 6
+
+
+def test_another_setting_asks_again_and_so_does_a_run_after_time_outs(endpoint, tmp_path):
+    endpoint.respond = lambda prompt, number: (*good(prompt, number)[:2], 1.0 if "JSON object" in prompt else 0)
+    slow = {"timeout": 0.2, "retries": 0, "settings": {"attempts": 1}, "tasks": 3}
+    assert run(endpoint, tmp_path / "out", **slow)["counts"]["set aside"] == 3
+    endpoint.respond = good
+    report = run(endpoint, tmp_path / "out", **(slow | {"timeout": 5.0}))
+    assert report["counts"]["triplets"] == report["counts"]["answers asked for"] == 3
+    report = run(endpoint, tmp_path / "out", **(slow | {"timeout": 5.0, "temperature": 0.5}))
+    assert report["counts"]["answers asked for"] == 6
+
+
+def test_a_refused_prompt_is_set_aside_and_an_endpoint_that_refuses_all_is_named(endpoint, tmp_path):
+    refusal = (400, {"error": {"message": "filtered"}}, 0)
+    endpoint.respond = lambda prompt, number: refusal if number == 5 else good(prompt, number)
+    report = run(endpoint, tmp_path / "out", settings={"concurrency": 1})
+    assert report["counts"]["wrong answer: refused (400)"] == 1
+    assert report["counts"]["triplets"] == 6
+    endpoint.respond = lambda prompt, number: refusal
+    with pytest.raises(ConnectionError, match="refuses every prompt .400.: .*filtered"):
+        run(endpoint, tmp_path / "other", settings={"attempts": 9})
+
+
 def test_what_gets_no_right_answer_is_set_aside_with_its_reasons(endpoint, tmp_path):
     endpoint.respond = lambda prompt, number: (
         good(prompt, number) if "JSON list" in prompt else (200, completion("__import__('os').system('true')"), 0)
