@@ -7,7 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nvembed.eval.search import exact_search
 from nvembed.eval.speed import encode as benchmark
+from nvembed.eval.speed import search
+from nvembed.eval.vectors import VectorShards
 from nvembed.modeling_nvembed import FoldedLatentAttention, MeanPooling
 
 
@@ -62,3 +65,12 @@ def test_texts_have_the_lengths_that_results_state():
     assert len(passages) > 128
     assert all(5 <= len(sentence.split()) <= 15 for sentence in sentences)
     assert all(len(passage.split()) >= 120 for passage in passages)
+
+
+def test_the_search_benchmark_compares_with_float64(tmp_path):
+    search.write_random(tmp_path, 300, 8)
+    vectors = VectorShards(tmp_path)
+    queries = search.random_unit(5, 8, 1)
+    scores, _ = exact_search(queries, vectors.blocks(), 10)
+    assert search.check(queries, vectors, scores) < 1e-6
+    assert search.check(queries, vectors, scores + 0.01) == pytest.approx(0.01, abs=1e-6)
