@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 from nvembed.eval.files import write_json
 from nvembed.eval.shards import ExecutorArguments
 from nvembed.train.arguments import find_recipe
-from nvembed.train.data.build import BuildSettings, TeacherSettings, build, claim_output, teacher_name
+from nvembed.train.data.build import build, claim_output, teacher_name
+from nvembed.train.data.build_settings import BuildSettings, TeacherSettings
 from nvembed.train.data.data_page import write_page
 from nvembed.train.data.decontaminate import read_rule
 from nvembed.train.data.kinds import check_kind

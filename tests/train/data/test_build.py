@@ -20,7 +20,7 @@ from nvembed import NVEmbedModel
 from nvembed.eval import shards
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.build_data import BuildArguments, read_recipe, run
-from nvembed.train.data.build import checked
+from nvembed.train.data.build_steps import checked
 from nvembed.train.data.sets import as_source
 from tests.triplets import prepare, write_jsonl
 

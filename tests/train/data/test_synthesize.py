@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nvembed.train.data.source import DatasetSource
-from nvembed.train.data.synthesize import Answer, Answers, Endpoint, Settings, read_example, read_json, synthesize
+from nvembed.train.data.synthesize import Settings, read_example, read_json, synthesize
+from nvembed.train.data.writers import Answer, Answers, Endpoint
 from tests.triplets import prepare
 
 
