@@ -109,7 +109,7 @@ def build(settings: BuildSettings, output: Path, where: ExecutorArguments) -> di
     """
     logs = output / "work" / "logs"
     sets = [SetPaths(output, source.name) for source in settings.datasets]
-    make_shards("pairs", partial(prepare_pairs, settings, output), [paths.pairs for paths in sets], logs, where)
+    make_shards("pairs", partial(prepare_pairs, settings), [paths.pairs for paths in sets], logs, where)
 
     jobs = [(i, paths, n) for i, paths in enumerate(sets) for n in range(paths.summary["shards"])]
     clean = [paths.clean_shards()[n] for _, paths, n in jobs]

@@ -59,7 +59,7 @@ def counts_of(path: Path) -> Counter:
 # --- 1. Rows to pairs
 
 
-def prepare_pairs(settings: BuildSettings, output: Path) -> Make:
+def prepare_pairs(settings: BuildSettings) -> Make:
     """Makes the `pairs` folder of the n-th set."""
 
     def make(number: int, folder: Path) -> None:
