@@ -182,11 +182,11 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
                 return config, extract_commit_hash(found, None)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives: {error}"
+            f"--model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}: {error}"
         ) from error
     if folder.is_dir():
         raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
-    raise ValueError(f"--model {model!r} is neither a local folder nor a model that {constants.ENDPOINT} gives")
+    raise ValueError(f"--model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}")
 
 
 def digest_model(folder: Path) -> str:

@@ -100,7 +100,7 @@ def _read_hub(name: str, split: str) -> tuple[dict, dict, dict]:
         judgements = load_dataset(name, "default", split=split)
     except Exception as error:
         raise ValueError(
-            f"{name!r} is neither a local folder nor a retrieval dataset that the Hub gives "
+            f"{name!r} is neither a local folder nor a retrieval dataset found on the Hub "
             f"(configs corpus, queries, default): {error}"
         ) from error
     qrels: dict[str, dict[str, int]] = {}
