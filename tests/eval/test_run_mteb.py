@@ -396,7 +396,7 @@ def test_a_baseline_is_cut_at_max_length(baseline):
 
 
 def test_no_model(tmp_path):
-    with pytest.raises(ValueError, match="'no/such' is neither a local folder nor a model that https"):
+    with pytest.raises(ValueError, match="'no/such' is neither a local folder nor a model found at https"):
         load_model("no/such")
     with pytest.raises(ValueError, match="holds neither config.json nor modules.json"):
         load_model(str(tmp_path))
