@@ -200,7 +200,7 @@ class VectorShards:
     def shard_blocks(self, number: int, rows: int = 50_000) -> Iterator[np.ndarray]:
         stored, scales = self._stored(number)
         for start in range(0, len(stored), rows):
-            part = stored[start : start + rows].astype(np.float32)
+            part = stored[start : start + rows].astype(np.float32, copy=False)
             yield part if scales is None else part * scales[start : start + rows, None]
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:

@@ -92,8 +92,9 @@ class BM25:
 class EmbeddingModel:
     """Ranks by the dot products of an embedding model, exactly; the corpus's vectors stay on disk.
 
-    In memory are, beside the model and the corpus: 4 * width bytes for each of `block` queries, the same for each of
-    50,000 documents, and 24 * k bytes a query for the results (see `exact_search`); that does not grow with the corpus.
+    In memory are, beside the model and the corpus: 4 * width bytes for each of `block` queries and of 50,000 documents,
+    60 * k bytes a query for the results and their order, and 64 MB of FAISS; that does not grow with the corpus.
+    Vectors in fp16 or int8 take their own size more.
 
     Args:
         corpus: the texts that `vectors` are of, in the same order.
