@@ -10,8 +10,9 @@ from typing import Protocol
 import httpx
 import openai
 import torch
+from accelerate import PartialState
 from aiolimiter import AsyncLimiter
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvembed.eval.files import whole
 
@@ -131,23 +132,37 @@ class Endpoint:
 
 
 class LocalModel:
-    """A chat model that transformers runs in this process, one prompt at a time."""
+    """A chat model that transformers runs in this process, one prompt at a time.
+
+    Raises:
+        ValueError: there is no such model, or its tokenizer has no chat template.
+    """
 
     def __init__(self, model: str, max_tokens: int = 2048, temperature: float = 1.0):
         self.name = model
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.generate = pipeline("text-generation", model=model, tokenizer=self.tokenizer)
-        self.options = {"max_new_tokens": max_tokens, "do_sample": temperature > 0, "temperature": temperature}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+        except OSError as error:
+            raise ValueError(f"{model!r} is neither a local folder nor a model found on the Hub: {error}") from error
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{model!r} has no chat template: name a model that was tuned to follow instructions")
+        self.model = AutoModelForCausalLM.from_pretrained(model, device_map=PartialState().device)
+        self.options = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            self.options["temperature"] = temperature
 
     async def answer(self, prompt: str, seed: int) -> Answer:
         messages = [{"role": "user", "content": prompt}]
-        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
         torch.manual_seed(seed)
-        (made,) = self.generate(chat, return_full_text=False, return_tensors=False, **self.options)
-        text = made["generated_text"]
-        tokens = len(self.tokenizer(text, add_special_tokens=False).input_ids)
-        finish = "length" if tokens >= self.options["max_new_tokens"] else "stop"
-        return Answer(text, finish, len(self.tokenizer(chat).input_ids), tokens)
+        (made,) = self.model.generate(**inputs, **self.options)
+        tokens_in = inputs["input_ids"].shape[1]
+        ids = made[tokens_in:]
+        is_cut_off = len(ids) == self.options["max_new_tokens"] and int(ids[-1]) != self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(text, "length" if is_cut_off else "stop", tokens_in, len(ids))
 
 
 class Answers:

@@ -1,7 +1,9 @@
 """Synthesis against a local endpoint whose answers are good, malformed, slow, cut off, hostile or refused."""
 
+import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.data.synthesize import Settings, read_example, read_json, synthesize
-from nvembed.train.data.writers import Answer, Answers, Endpoint
+from nvembed.train.data.writers import Answer, Answers, Endpoint, LocalModel
 from tests.triplets import prepare
 
 
@@ -293,3 +295,19 @@ def test_json_is_read_strictly():
             read_json(Answer(text, "stop"))
     with pytest.raises(ValueError, match="a key is there twice"):
         read_example(Answer('{"user_query": "a", "user_query": "b"}', "stop"))
+
+
+def test_a_local_model_answers(decoder_dir, tmp_path):
+    with pytest.raises(ValueError, match="has no chat template"):
+        LocalModel(str(decoder_dir))
+    folder = tmp_path / "chat"
+    shutil.copytree(decoder_dir, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
+    model = LocalModel(str(folder), max_tokens=8)
+    first, again, other = (asyncio.run(model.answer("Count the words", seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first.finish == "length" and first.tokens_out == 8
+    assert first.text and not first.text.startswith("Count the words"), "the answer alone"
+    report = synthesize(model, tmp_path / "out", Settings(3, KINDS, attempts=1), Counter())
+    assert report["counts"]["wrong answer: cut off at max_tokens"] > 0
+    assert report["counts"]["tasks lacking"] == 3
