@@ -79,7 +79,10 @@ def clone(tmp_path_factory, checkpoint, sentences) -> Path:
     rows = [{"query": f"{text[: len(text) // 2]} {i}", "positive": text} for i, text in enumerate(2 * sentences)]
     (folder / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "pairs").mkdir()
-    pairs = [{"sentence1": row["query"], "sentence2": row["positive"], "score": i} for i, row in enumerate(rows)]
+    pairs = [  # other texts: data.md keeps what is tested out of the training data
+        {"sentence1": f"Why {row['query']}", "sentence2": f"So {row['positive']}", "score": i}
+        for i, row in enumerate(rows)
+    ]
     (folder / "pairs" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     documents = [{"_id": str(i), "text": row["positive"]} for i, row in enumerate(rows)]
     (folder / "pairs" / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))

@@ -135,7 +135,7 @@ def test_card_says_how_the_model_was_made(hub, pushed):
     assert data.datasets is None, "a local file is not a data set of the Hub"
     (main, detailed) = data.eval_results
     assert (main.task_type, main.metric_type, main.dataset_split) == ("STS", "main_score", "test")
-    measured = re.search(r"\| similar \| cosine spearman \| (\S+) \| (\S+) \|", card.text)
+    measured = re.search(r"\| similar \| cosine spearman \| zero-shot \| (\S+) \| (\S+) \|", card.text)
     assert float(measured[2]) == pytest.approx(100 * main.metric_value, abs=0.011)
     assert "| step 2 | step 4 |" in card.text
     assert "| pairs | triplets | Complete | 8 | 16 |" in card.text, "8 triplets, 4 steps of 4"

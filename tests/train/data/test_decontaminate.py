@@ -158,6 +158,7 @@ def test_bad_rules_are_named(rule, error):
         read_rule(rule)
 
 
+@pytest.mark.slow  # mteb looks for names like it
 def test_sets_that_do_not_exist_or_hold_no_texts_are_named(tmp_path):
     with pytest.raises(ValueError, match="'Banking77' is neither a benchmark nor a task of mteb"):
         evaluation_texts(DecontaminationRule(["Banking77"]))
