@@ -1,11 +1,15 @@
 """The registry, and every layout that it names, on small local copies with the same columns."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 from datasets import Dataset
 
-from nvembed.train.data.kinds import KINDS
+from nvembed.train.data.kinds import KINDS, check_kind
 from nvembed.train.data.sets import as_source, find_set, known_sets, list_sets
-from nvembed.train.data.source import DatasetSource, check_exists
+from nvembed.train.data.source import DatasetSource, check_exists, check_sources
 from tests.triplets import prepare, write_jsonl
 
 
@@ -24,6 +28,15 @@ def test_every_row_of_the_papers_table_is_there_once():
     table = list_sets()
     assert table.count("\n") == len(sizes) + 1
     assert "| banking77 | mteb/banking77 | classification | 10,000 | mit | no | - |" in table
+
+
+def test_every_entry_of_the_registry_and_of_the_pages_example_is_valid():
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    (example,) = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "set: msmarco" in text]
+    known = [{"set": name} for name, known in known_sets().items() if known.path is not None]
+    for entries in (yaml.safe_load(example)["datasets"], known):
+        for source in check_sources([as_source(entry) for entry in entries]):
+            check_kind(source)
 
 
 def test_instructions_are_those_of_the_evaluation_where_a_task_is_named():
