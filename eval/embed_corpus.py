@@ -19,11 +19,11 @@ from nvembed.eval.files import whole
 from nvembed.eval.results import claim_folder
 from nvembed.eval.shards import ExecutorArguments, Make, make_shards
 from nvembed.eval.vectors import (
-    MANIFEST,
     SHARD_ROWS,
     MadeFrom,
     VectorShards,
-    forget_if_incomplete,
+    is_finished,
+    read_manifest,
     shard_path,
     write_manifest,
     write_shard,
@@ -86,18 +86,20 @@ def claim_texts(folder: Path, args: EmbedArguments) -> TextShards:
     Raises:
         ValueError: the corpus is not the one that the folder's vectors are of.
     """
-    texts = folder / "texts"
-    forget_if_incomplete(folder)
-    if not texts.is_dir() and not (folder / MANIFEST).is_file():
-        return TextShards.write(read_corpus(args.corpus, args.split), texts, args.shard_rows)
+    texts, manifest = folder / "texts", read_manifest(folder)
     if texts.is_dir():
-        documents = TextShards.open(texts)
+        digest = TextShards.open(texts).digest
+    elif manifest is not None:
+        digest = manifest["texts"]
     else:
-        vectors = VectorShards(folder)
-        documents = TextShards(texts, vectors.rows, args.shard_rows, vectors.made_from.texts)
-    if digest_documents(read_corpus(args.corpus, args.split)) != documents.digest:
+        return TextShards.write(read_corpus(args.corpus, args.split), texts, args.shard_rows)
+    if digest_documents(read_corpus(args.corpus, args.split)) != digest:
         raise ValueError(f"{folder} holds vectors of another corpus than {args.corpus}; name another --output_dir")
-    return documents
+    if texts.is_dir():
+        return TextShards.open(texts)
+    if is_finished(folder):
+        return TextShards(texts, manifest["rows"], args.shard_rows, digest)
+    return TextShards.write(read_corpus(args.corpus, args.split), texts, args.shard_rows)  # a shard was lost since
 
 
 def prepare(args: EmbedArguments, documents: TextShards, made_from: MadeFrom) -> Make:

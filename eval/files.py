@@ -59,3 +59,8 @@ def digest_files(folder: Path, paths: Iterable[Path]) -> str:
     for path in sorted(paths):
         digest.update(str(path.relative_to(folder)).encode() + bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:16]
+
+
+def text_id(text: str) -> int:
+    """A non-negative 63-bit hash, the same in every process (Python's own `hash` is salted per process)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

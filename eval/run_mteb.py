@@ -34,6 +34,7 @@ def run(args: MtebArguments) -> dict | None:
         ConnectionError: as `measure`.
     """
     tasks = select_tasks(args.tasks)
+    certificate = read_training_data(args.model, args.revision)
     model = args.load()
     with split_over_processes(model.embed) as embed:
         if embed is None:
@@ -49,7 +50,6 @@ def run(args: MtebArguments) -> dict | None:
         if kept := sum(is_measured(task, encoder, cache) for task in tasks):
             print(f"{kept} of {len(tasks)} tasks were measured before")
         measured = measure(tasks, encoder, cache)
-        certificate = read_training_data(args.model, args.revision)
         summary = results.summarize(tasks, measured, model, certificate)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}

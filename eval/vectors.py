@@ -93,12 +93,15 @@ def write_manifest(folder: Path, made_from: MadeFrom, dtype: str, rows: int, sha
     return vectors
 
 
-def forget_if_incomplete(folder: Path) -> None:
-    """Removes the manifest of a folder that has lost a shard since, so that the shard is made again."""
-    if (folder / MANIFEST).is_file():
-        shards = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
-        if not all(shard_path(folder, number).is_dir() for number in range(shards)):
-            (folder / MANIFEST).unlink()
+def read_manifest(folder: Path) -> dict | None:
+    file = folder / MANIFEST
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has its manifest and every shard; a shard that was lost since is made again."""
+    manifest = read_manifest(folder)
+    return manifest is not None and all(shard_path(folder, n).is_dir() for n in range(manifest["shards"]))
 
 
 def embed_shards(
@@ -115,8 +118,7 @@ def embed_shards(
     Raises:
         ValueError: as `write_shard` and `write_manifest`; the folder holds vectors made from something else.
     """
-    forget_if_incomplete(folder)
-    if (folder / MANIFEST).is_file():
+    if is_finished(folder):
         return VectorShards(folder).check(made_from)
     shards = -(-len(texts) // shard_rows)
     for number in tqdm(range(shards), desc="Embedding", unit="shard", disable=shards == 1):
@@ -141,12 +143,11 @@ class VectorShards:
 
     def __init__(self, folder: Path, manifest: dict | None = None):
         self.folder = Path(folder)
+        manifest = read_manifest(self.folder) if manifest is None else manifest
         if manifest is None:
-            if not (self.folder / MANIFEST).is_file():
-                raise ValueError(
-                    f"{folder} has no {MANIFEST}, so its embeddings are not finished; run embed_corpus.py again"
-                )
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            raise ValueError(
+                f"{folder} has no {MANIFEST}, so its embeddings are not finished; run embed_corpus.py again"
+            )
         self.manifest = manifest
         self.width, self.rows = manifest["width"], manifest["rows"]
         self.made_from = MadeFrom(**{name: manifest[name] for name in MadeFrom.__dataclass_fields__})

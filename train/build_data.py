@@ -8,7 +8,7 @@ Run it again to resume. What it writes is described in docs/data.md; training re
 
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from nvembed.train.data.decontaminate import read_rule
 from nvembed.train.data.kinds import check_kind
 from nvembed.train.data.mining import MiningRules
 from nvembed.train.data.sets import as_source, list_sets
-from nvembed.train.data.source import check_exists, check_fields, check_sources, resolve_entry
+from nvembed.train.data.source import check_exists, check_fields, check_keys, check_sources, resolve_entry
 
 
 RESERVED = ("work", "manifest.json", "DATA.md", "dropped.png")  # of the folder that a build writes
@@ -94,15 +94,6 @@ def resolve_rule(rule: object, folder: Path) -> object:
         return rule  # an error of `read_rule`
     found = [str(folder / name) if (folder / str(name)).is_file() else name for name in rule["against"]]
     return rule | {"against": found}
-
-
-def check_keys(content: object, kind: type, where: str) -> None:
-    """Raises a `ValueError` if a mapping has a key that the dataclass does not."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is {content!r}, not a mapping")
-    known = [one.name for one in fields(kind)]
-    if unknown := sorted(content.keys() - set(known)):
-        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
 
 
 def run(args: BuildArguments) -> dict:

@@ -8,7 +8,7 @@ from nvembed.eval.files import sha256, write_json
 from nvembed.eval.training_data import FILE, read_training_data
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.sets import known_sets
-from nvembed.train.data.source import DatasetSource
+from nvembed.train.data.source import DatasetSource, could_be_hub_name
 
 
 def certify(
@@ -25,19 +25,19 @@ def certify(
     provenance = {} if made_of is None else {one["name"]: one for one in made_of["datasets"]}
     sets = []
     for source, table, count in zip(sources, blend.tables, samples, strict=True):
-        is_local = Path(source.path).exists()
+        is_local, built = Path(source.path).exists(), find_build(source)
         known = {
             "name": source.name,
             "source": None if is_local else source.path,
             "config": source.config,
             "split": source.split,
             "set": source.set,
-            "mteb": sorted(mteb_names(source)),
+            "mteb": sorted(mteb_names(source, built)),
             "triplets": len(table),
             "trained_on": count,
             "sha256": provenance.get(source.name, {}).get("files", {}),
         }
-        if (built := find_build(source)) is not None:
+        if built is not None:
             known["build"] = built
         sets.append(known)
     before = read_training_data(base)
@@ -54,15 +54,17 @@ def untrained(decoder: str) -> dict:
     return {"complete": True, "base": base_name(decoder), "stages": []}
 
 
-def mteb_names(source: DatasetSource) -> set[str]:
+def mteb_names(source: DatasetSource, built: dict | None) -> set[str]:
     """The tasks of mteb whose training data a source is: its entry's, those of its set, and those it was built with."""
     of_set = known_sets()[source.set].mteb if source.set is not None else None
-    built = find_build(source)
     return {*(source.mteb or ()), *(of_set or ()), *([] if built is None else built["source"].get("mteb", []))}
 
 
 def find_build(source: DatasetSource) -> dict | None:
-    """What the manifest of `build_data.py` says of a source in its folder: where it came from, and its counts."""
+    """What the manifest of `build_data.py` says of a source in its folder: where it came from, and its counts.
+
+    No path of the machine that built it is in it, since checkpoints are pushed.
+    """
     manifest = Path(source.path).absolute().parent / "manifest.json"
     if not Path(source.path).is_dir() or not manifest.is_file():
         return None
@@ -71,10 +73,11 @@ def find_build(source: DatasetSource) -> dict | None:
         one = content["sets"][Path(source.path).name]
     except (ValueError, KeyError, TypeError):
         return None  # another tool's manifest
+    origin = {name: one["source"][name] for name in ("path", "set", "config", "mteb") if one["source"].get(name)}
+    if not could_be_hub_name(origin.get("path", "")):
+        origin.pop("path", None)
     return {
-        "source": {
-            name: one["source"].get(name) for name in ("path", "set", "config", "mteb") if one["source"].get(name)
-        },
+        "source": origin,
         "counts": one["counts"],
         "decontaminate": one.get("decontaminate", []),
         "files": one["files"],

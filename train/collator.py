@@ -1,19 +1,14 @@
 """Triplets to tensors: each distinct text once, packed without padding into chunks as `encode` packs its batches."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.files import text_id
 from nvembed.texts_nvembed import format_instruction, length_sorted_batches, pack, tokenize
 from nvembed.train.losses import NO_TEXT
-
-
-def text_id(text: str) -> int:
-    """A non-negative 63-bit hash, the same in every process (Python's own `hash` is salted per process)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from nvembed.eval.sharding import gather, is_distributed
 
 
-NO_TEXT = -1  # id of an empty slot; those of `collator.text_id` are non-negative
+NO_TEXT = -1  # id of an empty slot; those of `nvembed.eval.files.text_id` are non-negative
 
 
 class Contrast(NamedTuple):
@@ -45,7 +45,7 @@ def contrast(
     Args:
         queries: `[batch, hidden]`, L2-normalized.
         passages: `[batch, 1 + negatives, hidden]`, L2-normalized, the positive first.
-        query_ids: ids of the texts (`collator.text_id`), `[batch]`.
+        query_ids: ids of the texts (`nvembed.eval.files.text_id`), `[batch]`.
         passage_ids: likewise, `[batch, 1 + negatives]`; `NO_TEXT` in empty slots.
         temperature: divisor of the similarities; the paper gives none, 0.02 is NVIDIA's later setting.
         in_batch_negatives: whether candidates come from the whole batch (stage 1) or from the row alone (stage 2).

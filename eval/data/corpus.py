@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from nvembed.eval.data.beir import checked_text
 from nvembed.eval.data.tables import check_columns, find_tables, named_rows, read_table, text_of
-from nvembed.eval.files import whole, write_json
+from nvembed.eval.files import text_id, whole, write_json
 
 
 IDS = ("_id", "id", "docid", "doc_id")
@@ -42,7 +42,7 @@ def read_corpus(path: str, split: str = "corpus") -> Iterator[tuple[str, str]]:
         if column is not None:
             check_columns(row, (column,), name)
         id_ = str(count - 1) if column is None else text_of({column: str(row[column])}, column, name)
-        seen.append(int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "big", signed=True))
+        seen.append(text_id(id_))
         yield id_, checked_text(row, name)
     if not count:
         raise ValueError(f"{path}: split {split!r} has no documents")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,10 @@ def test_a_finished_folder_takes_the_same_corpus_only(checkpoint, corpus, tmp_pa
     assert (tmp_path / "v" / "00000" / "vectors.npy").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="with shard_rows 6, this run has 7"):
         run(arguments(checkpoint, corpus, tmp_path / "v", shard_rows=7))
+    shutil.rmtree(tmp_path / "v" / "00001")
+    again = run(arguments(checkpoint, corpus, tmp_path / "v"))
+    assert (again.rows, (tmp_path / "v" / "00000" / "vectors.npy").stat().st_mtime_ns) == (20, before), "one made again"
+    shutil.rmtree(tmp_path / "v" / "00001")
     with corpus.open("a") as file:
         file.write(json.dumps({"_id": "new", "text": "one more"}) + "\n")
     with pytest.raises(ValueError, match="holds vectors of another corpus"):

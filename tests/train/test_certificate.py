@@ -10,7 +10,7 @@ from nvembed.eval.files import sha256
 from nvembed.eval.report import read_run, write_report
 from nvembed.eval.training_data import FILE, is_seen, read_training_data, training_datasets
 from nvembed.train.card import evaluation_table, write_card
-from nvembed.train.certificate import certify, mteb_names, untrained, write_certificate
+from nvembed.train.certificate import certify, find_build, mteb_names, untrained, write_certificate
 from nvembed.train.data.prepared import provenance
 from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource
@@ -28,7 +28,7 @@ def certificate(tmp_path):
     built = tmp_path / "data" / "own"
     write_jsonl(built / "train.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
     one = {
-        "source": {"path": "raw.jsonl", "mteb": ["STS12"], "split": "train"},
+        "source": {"path": "/home/ann/raw.jsonl", "mteb": ["STS12"], "split": "train"},
         "counts": {"decontaminate": {"contaminated pairs": 4}},
         "files": {"train.jsonl": "abc"},
     }
@@ -53,6 +53,7 @@ def test_stages_add_up_and_digests_and_counts_are_those_of_the_data(certificate,
         "mteb/banking77", "banking77", 7, 70,
     )  # fmt: skip
     assert mine["source"] is None, "no folder of this machine goes to the Hub"
+    assert "/home/ann" not in json.dumps(certificate)
     assert mine["sha256"] == {"train.jsonl": sha256(tmp_path / "data" / "own" / "train.jsonl")}
     assert mine["build"]["counts"] == {"decontaminate": {"contaminated pairs": 4}}
     assert mine["build"]["manifest_sha256"] == sha256(tmp_path / "data" / "manifest.json")
@@ -81,7 +82,8 @@ def test_a_set_built_with_further_tasks_keeps_them(tmp_path):
     write_jsonl(built / "train.jsonl", [{"query": "q", "positive": "p"}])
     one = {"source": {"path": "raw.jsonl", "mteb": ["FEVER"]}, "counts": {}, "files": {}}
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"sets": {"hover": one}}))
-    assert mteb_names(as_source({"set": "hover"}, str(tmp_path / "data"))) == {"FEVER"}
+    source = as_source({"set": "hover"}, str(tmp_path / "data"))
+    assert mteb_names(source, find_build(source)) == {"FEVER"}
 
 
 def test_the_card_names_the_sets_and_marks_the_scores(certificate, tmp_path):

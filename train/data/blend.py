@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from nvembed.train.collator import text_id
+from nvembed.eval.files import text_id
 
 
 class Blend(TorchDataset):

@@ -27,10 +27,9 @@ from nvembed.eval.files import sha256, write_json
 from nvembed.eval.models import digest_model
 from nvembed.eval.shards import ExecutorArguments, make_shards
 from nvembed.eval.vectors import (
-    MANIFEST,
     MadeFrom,
     VectorShards,
-    forget_if_incomplete,
+    is_finished,
     shard_path,
     write_manifest,
 )
@@ -144,8 +143,7 @@ def embed_corpora(settings: BuildSettings, sets: Sequence[tuple[DatasetSource, S
         symmetric = KINDS[kind_of(source)].symmetric if source.symmetric is None else source.symmetric
         prefix = model.document_prefix(instruction if symmetric else "")
         made_from[paths.name] = MadeFrom(model.name, model.revision, prefix, model.max_length, documents.digest)
-        forget_if_incomplete(paths.vectors)
-        if (paths.vectors / MANIFEST).is_file():
+        if is_finished(paths.vectors):
             VectorShards(paths.vectors).check(made_from[paths.name])
         jobs += [(paths, number, prefix) for number in range(documents.shards)]
     del model

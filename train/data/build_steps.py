@@ -16,17 +16,16 @@ import pyarrow.parquet as pq
 from sentence_transformers import CrossEncoder
 
 from nvembed.eval.data.corpus import Texts, TextShards
-from nvembed.eval.files import write_json
+from nvembed.eval.files import text_id, write_json
 from nvembed.eval.shards import Make
 from nvembed.eval.vectors import VectorShards, write_shard
 from nvembed.texts_nvembed import check_characters
-from nvembed.train.collator import text_id
 from nvembed.train.data.build_settings import BuildSettings, SetPaths, rules_of
 from nvembed.train.data.corpus import Corpus
-from nvembed.train.data.decontaminate import Decontaminator, clean_triplet, evaluation_texts
+from nvembed.train.data.decontaminate import Decontaminator, clean_triplet, evaluation_texts, report_row
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.mining import Miner, distinct_texts, merge_known_positives
-from nvembed.train.data.prepared import TRIPLET_FEATURES
+from nvembed.train.data.prepared import TRIPLET_FEATURES, described
 from nvembed.train.data.source import DatasetSource, Pairs
 from nvembed.train.data.teachers import BM25, EmbeddingModel, Reranked, Teacher
 from nvembed.train.data.words import normalize
@@ -71,21 +70,13 @@ def prepare_pairs(settings: BuildSettings) -> Make:
             listed = merge_known_positives(list(pairs.pairs))
             documents = ((str(i), text) for i, text in enumerate(distinct_texts(pairs.corpus, listed)))
             TextShards.write(documents, folder / "corpus", settings.corpus_shard_rows)
-            rows = iter(listed)
+            rows = listed
         else:  # read twice, one row in memory at a time
             again = kind.load(source, settings.num_negatives, settings.seed)
             rows, pairs = without_positives(again.pairs, positives_of(pairs.pairs), again.counts), again
-        usual = {"dataset": source.name, "instruction": settings.instruction, "symmetric": kind.symmetric}
-        asked = {"instruction": source.instruction, "symmetric": source.symmetric}
-        asked = {column: value for column, value in asked.items() if value is not None}
+        rows = (row | {"dataset": source.name} for row in described(rows, source, settings.instruction))
         shards = total = 0
         while shard := list(islice(rows, settings.shard_rows)):
-            shard = [{**usual, **row, **asked, "dataset": source.name} for row in shard]
-            if any(row["instruction"] is None for row in shard):
-                raise ValueError(
-                    f"{source.name} has no instruction, which every query carries (paper section 3.1): set "
-                    '`instruction:` in its entry, or for all; "" is for none'
-                )
             write_rows(folder / f"{shards:05}.parquet", shard, PAIR_SCHEMA, Counter(pairs=len(shard)))
             shards += 1
             total += len(shard)
@@ -153,7 +144,7 @@ def prepare_clean(settings: BuildSettings, jobs: Sequence[tuple[int, SetPaths, i
             pair, dropped = clean_triplet(row, partial(finders.find, source))
             for part, text, why in dropped:
                 counts[f"{part} close to {why.set} ({why.match})"] += 1
-                report.append({"part": part, "text": text, **asdict_of(why)})
+                report.append(report_row(part, text, why))
             if pair is not None:
                 kept.append(pair)
             else:
@@ -163,10 +154,6 @@ def prepare_clean(settings: BuildSettings, jobs: Sequence[tuple[int, SetPaths, i
         write_json(folder / "report.json", report[:EXAMPLES])
 
     return make
-
-
-def asdict_of(why) -> dict:
-    return {"match": why.match, "set": why.set, "with": why.text}
 
 
 def prepare_clean_corpus(settings: BuildSettings, jobs: Sequence[tuple[int, SetPaths]]) -> Make:
@@ -182,8 +169,7 @@ def prepare_clean_corpus(settings: BuildSettings, jobs: Sequence[tuple[int, SetP
             kept = 0
             texts = documents.texts()
             while block := list(islice(texts, 10_000)):
-                found = finders.find(source, block) if rules_of(settings, source) else [None] * len(block)
-                for text, why in zip(block, found):
+                for text, why in zip(block, finders.find(source, block)):
                     if why is None:
                         yield str(kept), text
                         kept += 1

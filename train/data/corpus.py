@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from nvembed.train.collator import text_id
+from nvembed.eval.files import text_id
 
 
 class Corpus(Sequence[str]):

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from nvembed.eval.data.beir import document_text
 from nvembed.eval.data.tables import read_table
-from nvembed.eval.files import write_json
+from nvembed.eval.files import text_id, write_json
 from nvembed.eval.tasks.lookup import select_tasks, with_parts
-from nvembed.train.collator import text_id
 from nvembed.train.data.kinds import KINDS, kind_of
-from nvembed.train.data.prepared import iterate_triplets, write_jsonl
-from nvembed.train.data.source import DatasetSource, check_fields
+from nvembed.train.data.prepared import iterate_triplets, leave_instruction_open, write_jsonl
+from nvembed.train.data.source import DatasetSource, check_fields, check_keys
 from nvembed.train.data.words import normal_words, normalize, split_words
 
 
@@ -74,11 +73,7 @@ class DecontaminationRule:
 
 def read_rule(content: object) -> DecontaminationRule:
     """A recipe's mapping as a rule; a `ValueError` names an unknown key."""
-    if not isinstance(content, dict):
-        raise ValueError(f"decontaminate is {content!r}, not a mapping with `against:`")
-    known = DecontaminationRule.__dataclass_fields__
-    if unknown := sorted(content.keys() - known.keys()):
-        raise ValueError(f"decontaminate: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    check_keys(content, DecontaminationRule, "decontaminate")
     if "against" not in content:
         raise ValueError(f"decontaminate: {content} does not say `against:` what")
     return DecontaminationRule(**content)
@@ -272,6 +267,11 @@ def clean_triplet(triplet: dict, find) -> tuple[dict | None, list[tuple[str, str
     return triplet, dropped
 
 
+def report_row(part: str, text: str, why: Contamination) -> dict:
+    """One dropped text, as reports list it."""
+    return {"part": part, "text": text, "match": why.match, "set": why.set, "with": why.text}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", required=True, help="dataset: local file or folder, or Hub name")
@@ -299,8 +299,7 @@ def read_triplets(source: DatasetSource, num_negatives: int) -> Iterator[dict]:
     if kind_of(source) == "triplets":
         yield from KINDS["triplets"].load(source, num_negatives, 0).pairs
         return
-    for row in iterate_triplets(source, num_negatives, 0, ""):
-        yield {key: value for key, value in row.items() if (key, value) != ("instruction", "")}
+    yield from map(leave_instruction_open, iterate_triplets(source, num_negatives, 0, ""))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -316,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
             kept, dropped = clean_triplet(triplet, decontaminator.find)
             for part, text, why in dropped:
                 counts[f"{part}, {why.match}, {why.set}"] += 1
-                report.append({"part": part, "text": text, "match": why.match, "set": why.set, "with": why.text})
+                report.append(report_row(part, text, why))
             if kept is None:
                 counts["triplets dropped"] += 1
             else:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.utils.logging import get_logger
 
-from nvembed.train.collator import text_id
+from nvembed.eval.files import text_id
 from nvembed.train.data.corpus import Corpus
 from nvembed.train.data.source import Pairs, check_fields
 from nvembed.train.data.teachers import BM25, Teacher

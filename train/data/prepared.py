@@ -59,18 +59,10 @@ def iterate_triplets(
         ValueError: the path does not exist, the source gives no triplets, or one has no instruction from anywhere.
     """
     check_exists(source)
-    kind = KINDS[kind_of(source)]
-    usual = {"dataset": source.name, "instruction": instruction, "symmetric": kind.symmetric}
-    asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
-    asked = {column: value for column, value in asked.items() if value is not None}
+    pairs = KINDS[kind_of(source)].load(source, num_negatives, seed)
+    mined = mine_negatives(pairs, num_negatives, seed, name=source.path)
     rows = ragged = missing = 0
-    for record in mine_negatives(kind.load(source, num_negatives, seed), num_negatives, seed, name=source.path):
-        triplet = {**usual, **record, **asked}
-        if triplet["instruction"] is None:
-            raise ValueError(
-                f"{source.path} has no instruction, which every query carries (paper section 3.1): set `instruction:` "
-                'in its entry, or --instruction for all; "" is for none'
-            )
+    for triplet in described(mined, source, instruction):
         lacking = max(0, num_negatives - len(triplet["negatives"]))
         rows += 1
         ragged += lacking > 0
@@ -83,6 +75,30 @@ def iterate_triplets(
         )
     if not rows:
         raise ValueError(f"{source.path}: split {source.split!r} gave no triplets; add rows, or leave it out")
+
+
+def described(rows: Iterable[dict], source: DatasetSource, instruction: str | None) -> Iterator[dict]:
+    """Yields the rows with `dataset`, `instruction` and `symmetric`: the entry's, else the row's own, else the usual.
+
+    Raises:
+        ValueError: a row has no instruction from anywhere.
+    """
+    usual = {"dataset": source.name, "instruction": instruction, "symmetric": KINDS[kind_of(source)].symmetric}
+    asked = {"instruction": source.instruction, "symmetric": source.symmetric}  # a recipe outranks the file
+    asked = {column: value for column, value in asked.items() if value is not None}
+    for row in rows:
+        row = {**usual, **row, **asked}
+        if row["instruction"] is None:
+            raise ValueError(
+                f"{source.path} has no instruction, which every query carries (paper section 3.1): set `instruction:` "
+                'in its entry, or one for all; "" is for none'
+            )
+        yield row
+
+
+def leave_instruction_open(triplet: dict) -> dict:
+    """A triplet without the column if it is empty: "" in a file would mean none, and training could not give one."""
+    return {key: value for key, value in triplet.items() if (key, value) != ("instruction", "")}
 
 
 # --- Writing and reading

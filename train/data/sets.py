@@ -1,7 +1,7 @@
 """The paper's sets by name: `paper.yaml` as data, and a recipe's `{set: msmarco}` as a `DatasetSource`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import yaml
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.tasks.instructions import find_instruction
 from nvembed.train.data import source
-from nvembed.train.data.source import DatasetSource
+from nvembed.train.data.source import DatasetSource, check_keys
 
 
 FILE = Path(__file__).with_name("paper.yaml")
@@ -58,12 +58,8 @@ def known_sets(file: Path = FILE) -> Mapping[str, KnownSet]:
         ValueError: an entry lacks a field or has an unknown one.
     """
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    known = {one.name for one in fields(KnownSet)}
     for name, entry in entries.items():
-        if unknown := sorted(entry.keys() - known):
-            raise ValueError(
-                f"{file.name}: {name} has unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}"
-            )
+        check_keys(entry, KnownSet, f"{file.name}: {name}")
         if missing := sorted({"kind", "license"} - entry.keys()):
             raise ValueError(f"{file.name}: {name} has no {missing[0]}")
     return {name: KnownSet(name, **entry) for name, entry in entries.items()}

@@ -79,6 +79,15 @@ class DatasetSource:
             self.name = Path(self.path).stem
 
 
+def check_keys(content: object, kind: type, where: str) -> None:
+    """Raises a `ValueError` if a mapping has a key that the dataclass does not."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is {content!r}, not a mapping")
+    known = [one.name for one in fields(kind)]
+    if unknown := sorted(content.keys() - set(known)):
+        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
+
+
 def check_fields(settings, where: str) -> None:
     """Raises a `ValueError` if a field of a dataclass has a value of another type than its annotation says.
 
