@@ -1,20 +1,16 @@
 """LoRA on a base of 8 or 4 bit (QLoRA, arXiv 2305.14314): it trains, and merges into what the numbers stand for."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import get_quantization_config
 
 from nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments, Stage1Arguments
-from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.source import DatasetSource
-from nvembed.train.init_checkpoint import init_model
 from nvembed.train.trainer import EmbeddingTrainer
 from tests.triplets import prepare
 
@@ -22,27 +18,13 @@ from tests.triplets import prepare
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory, decoder_dir, init_args):
-    """Rows of 64, a whole block of NF4's."""
-    folder = tmp_path_factory.mktemp("wide")
-    shutil.copytree(decoder_dir, folder / "decoder")
-    (folder / "decoder" / "model.safetensors").unlink()
-    config = LlamaConfig.from_pretrained(decoder_dir)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
-    write_checkpoint(init_model(init_args(base=str(folder / "decoder"))), str(folder / "checkpoint"))
-    return folder / "checkpoint"
-
-
-def make_trainer(wide, tmp_path, sentences, **options):
+def make_trainer(wide_checkpoint, tmp_path, sentences, **options):
     halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in sentences]
     rows = [json.dumps({"query": q, "positive": p, "instruction": "Complete"}) + "\n" for q, p in halves]
     (tmp_path / "pairs.jsonl").write_text("".join(rows))
     model_args = ModelArguments(lora_dropout=0.0, **options)
     model = NVEmbedModel.from_pretrained(
-        wide, dtype=model_args.dtype, quantization_config=get_quantization_config(model_args)
+        wide_checkpoint, dtype=model_args.dtype, quantization_config=get_quantization_config(model_args)
     )
     arguments = Stage1Arguments(
         output_dir=str(tmp_path / "out"), max_steps=3, learning_rate=1e-2, warmup_steps=0, logging_steps=1,
@@ -58,8 +40,8 @@ def make_trainer(wide, tmp_path, sentences, **options):
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_trains_and_merges(wide, tmp_path, sentences, bits):
-    trainer = make_trainer(wide, tmp_path, sentences, dtype="bfloat16", **{bits: True})
+def test_trains_and_merges(wide_checkpoint, tmp_path, sentences, bits):
+    trainer = make_trainer(wide_checkpoint, tmp_path, sentences, dtype="bfloat16", **{bits: True})
     model = trainer.model
     kinds = {type(p).__name__ for name, p in model.named_parameters() if "base_layer" in name}
     assert kinds == {"Params4bit" if bits == "load_in_4bit" else "Int8Params"}
@@ -77,9 +59,9 @@ def test_trains_and_merges(wide, tmp_path, sentences, bits):
 
 
 @pytest.mark.parametrize(("bits", "bar"), [("load_in_4bit", 1e-4), ("load_in_8bit", 2e-2)])
-def test_merged_embeddings_are_those_of_the_adapter(wide, tmp_path, sentences, bits, bar):
+def test_merged_embeddings_are_those_of_the_adapter(wide_checkpoint, tmp_path, sentences, bits, bar):
     """8 bit rounds the activations, too."""
-    trainer = make_trainer(wide, tmp_path, sentences, dtype="float32", **{bits: True})
+    trainer = make_trainer(wide_checkpoint, tmp_path, sentences, dtype="float32", **{bits: True})
     trainer.train()
     for module in trainer.model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -87,13 +69,15 @@ def test_merged_embeddings_are_those_of_the_adapter(wide, tmp_path, sentences, b
     adapted = trainer.model.encode(sentences)
     trainer.save_merged()
     merged = NVEmbedModel.from_pretrained(tmp_path / "out").encode(sentences)
-    assert (NVEmbedModel.from_pretrained(wide).encode(sentences) - merged).abs().max() > 0.2, "it learnt something"
+    assert (NVEmbedModel.from_pretrained(wide_checkpoint).encode(sentences) - merged).abs().max() > 0.2, (
+        "it learnt something"
+    )
     torch.testing.assert_close(merged, adapted, atol=bar, rtol=0)
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_merged_matrix_is_dequantized_plus_lora(wide, tmp_path, sentences, bits):
-    trainer = make_trainer(wide, tmp_path, sentences, dtype="float32", **{bits: True})
+def test_merged_matrix_is_dequantized_plus_lora(wide_checkpoint, tmp_path, sentences, bits):
+    trainer = make_trainer(wide_checkpoint, tmp_path, sentences, dtype="float32", **{bits: True})
     trainer.train()
     layer = trainer.model.get_base_model().embedding_model.layers[1].mlp.down_proj
     with torch.no_grad():
@@ -107,13 +91,13 @@ def test_merged_matrix_is_dequantized_plus_lora(wide, tmp_path, sentences, bits)
                 layer.base_layer.state.SCB if layer.base_layer.state.SCB is not None else layer.base_layer.weight.SCB
             )
             quantized = codes * scales.double()[:, None] / 127
-    original = NVEmbedModel.from_pretrained(wide).embedding_model.layers[1].mlp.down_proj.weight.double()
+    original = NVEmbedModel.from_pretrained(wide_checkpoint).embedding_model.layers[1].mlp.down_proj.weight.double()
     trainer.save_merged()
     merged = NVEmbedModel.from_pretrained(tmp_path / "out").embedding_model.layers[1].mlp.down_proj.weight.double()
     torch.testing.assert_close(merged, quantized + product, atol=1e-6, rtol=0)
     assert (merged - original - product).abs().max() > 1e-4, "the base's rounding is kept, LoRA made up for it"
 
 
-def test_quantized_weights_are_not_trained_themselves(wide, tmp_path, sentences):
+def test_quantized_weights_are_not_trained_themselves(wide_checkpoint, tmp_path, sentences):
     with pytest.raises(ValueError, match="quantized weights cannot be trained: drop load_in_4bit"):
-        make_trainer(wide, tmp_path, sentences, dtype="bfloat16", load_in_4bit=True, use_peft=False)
+        make_trainer(wide_checkpoint, tmp_path, sentences, dtype="bfloat16", load_in_4bit=True, use_peft=False)
