@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import bm25s
 import numpy as np
-from bm25s.tokenization import Tokenized
 from datasets import Dataset
 from datatrove.utils.text import ngrams
 from mteb.abstasks import AbsTaskRetrieval
@@ -24,6 +22,7 @@ from nvembed.eval.data.beir import document_text
 from nvembed.eval.data.tables import read_table
 from nvembed.eval.files import text_id, write_json
 from nvembed.eval.tasks.lookup import select_tasks, with_parts
+from nvembed.train.data.bm25s_alone import bm25s
 from nvembed.train.data.kinds import KINDS, kind_of
 from nvembed.train.data.prepared import iterate_triplets, leave_instruction_open, write_jsonl
 from nvembed.train.data.source import DatasetSource, check_fields, check_keys
@@ -209,7 +208,9 @@ class BM25Similarity:
         if self.numbers:
             ids = [[self.numbers[word] for word in ws] for ws in words]
             self.index = bm25s.BM25()
-            self.index.index(Tokenized(ids, self.numbers), create_empty_token=False, show_progress=False)
+            self.index.index(
+                bm25s.tokenization.Tokenized(ids, self.numbers), create_empty_token=False, show_progress=False
+            )
             self.mean_length = np.mean([len(ws) for ws in words])
             self.own = np.array([self._own_score(ws) for ws in words])
 

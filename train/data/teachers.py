@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import bm25s
 import numpy as np
-from bm25s.tokenization import Tokenized, Tokenizer
 
 from nvembed.eval.processes import Embed
 from nvembed.eval.search import exact_search
 from nvembed.eval.vectors import VectorShards
+from nvembed.train.data.bm25s_alone import bm25s
 from nvembed.train.data.corpus import Corpus
 from nvembed.train.data.words import split_words
 
@@ -45,14 +44,18 @@ class BM25:
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
-        self.tokenizer = Tokenizer(lower=True, splitter=split_words, stopwords="en")
+        self.tokenizer = bm25s.tokenization.Tokenizer(lower=True, splitter=split_words, stopwords="en")
         ids = self.tokenizer.tokenize(corpus, update_vocab=True, show_progress=False, allow_empty=False)
         self.documents = len(corpus)
         self.index: bm25s.BM25 | None = None
         if any(ids):  # bm25s cannot index a corpus without a word
             backend = "numba" if self.documents >= COMPILED else "numpy"
             self.index = bm25s.BM25(backend=backend, auto_compile=False)  # indexing itself gains nothing
-            self.index.index(Tokenized(ids, self.tokenizer.word_to_id), create_empty_token=False, show_progress=False)
+            self.index.index(
+                bm25s.tokenization.Tokenized(ids, self.tokenizer.word_to_id),
+                create_empty_token=False,
+                show_progress=False,
+            )
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Teacher.search`; documents that share no word with the query are not ranked."""
