@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [
     "annotated-types", "bitsandbytes", "bm25s", "datasets", "datatrove", "dill", "faiss-cpu", "gguf", "loguru", "mteb",
     "multiprocess", "orjson", "polars", "polars-runtime-32", "pydantic", "pydantic-core", "pytrec-eval-terrier",
-    "torchao", "trl", "typing-inspection",
+    "trl", "typing-inspection",
 ]  # fmt: skip
 # Files that no step reads, half of the size: statistics and assets, and libraries for other CUDA versions than 13.0.
 LEFT_OUT = ("mteb/descriptive_stats/", "datatrove/assets/", "bitsandbytes/libbitsandbytes_")
@@ -66,7 +66,7 @@ def pack(archive: Path, python: str) -> None:
     Raises:
         RuntimeError: pip found no wheel of one.
     """
-    names = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+    names = ["torchao==0.18.0", *(f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES)]
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28)] + ["manylinux2014_x86_64"]
     with tempfile.TemporaryDirectory() as name:
         wheels, site = Path(name, "wheels"), Path(name, "site")

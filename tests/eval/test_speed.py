@@ -1,6 +1,7 @@
 """What the benchmark of `encode` counts and compares."""
 
 import argparse
+import importlib.util
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvembed.eval.search import exact_search
+from nvembed.eval.speed import compressed, search
 from nvembed.eval.speed import encode as benchmark
-from nvembed.eval.speed import search
 from nvembed.eval.vectors import VectorShards
 from nvembed.modeling_nvembed import FoldedLatentAttention, MeanPooling
 
@@ -74,3 +75,25 @@ def test_the_search_benchmark_compares_with_float64(tmp_path):
     scores, _ = exact_search(queries, vectors.blocks(), 10)
     assert search.check(queries, vectors, scores) < 1e-6
     assert search.check(queries, vectors, scores + 0.01) == pytest.approx(0.01, abs=1e-6)
+
+
+def test_two_of_four_keeps_the_largest():
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    kept = compressed.keep_two_of_four(weight)
+    for row, pruned in zip(weight.tolist(), kept.tolist()):
+        for start in range(0, 16, 4):
+            group = row[start : start + 4]
+            largest = sorted(range(4), key=lambda i: abs(group[i]))[2:]
+            assert pruned[start : start + 4] == [group[i] if i in largest else 0 for i in range(4)]
+
+
+def test_compressed_ways_are_timed_and_the_impossible_is_reported(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", SHAPE | {"vocab_size": 9000})
+    arguments = "--shape tiny --layers 1 --texts 4 --rounds 1 --ways int8-weights 2:4"  # int8 needs torchao
+    compressed.main(arguments.split())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row}
+    has_torchao = importlib.util.find_spec("torchao") is not None
+    assert float(table["int8-weights"][5]) > 0.99 if has_torchao else "torchao" in table["int8-weights"][0]
+    assert table["dense"][4] == "1.00 (1.00-1.00)"
+    assert table["2:4"][0].startswith("RuntimeError"), "torch's kernel is for GPUs"
