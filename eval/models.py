@@ -168,7 +168,7 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
     """
     folder = Path(model)
     if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir()):  # else it may be a Hub's owner/name
-        raise ValueError(f"--model {model!r}: there is no such folder")
+        raise ValueError(f"model {model!r}: there is no such folder, seen from the working directory {Path.cwd()}")
     quiet = {"_raise_exceptions_for_missing_entries": False}
     try:
         if (base := find_base_of_adapter(model, revision=revision)) is not None:
@@ -182,11 +182,11 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
                 return config, extract_commit_hash(found, None)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}: {error}"
+            f"model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}: {error}"
         ) from error
     if folder.is_dir():
-        raise ValueError(f"--model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
-    raise ValueError(f"--model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}")
+        raise ValueError(f"model {model!r} holds neither config.json nor modules.json; name a checkpoint's folder")
+    raise ValueError(f"model {model!r} is neither a local folder nor a model found at {constants.ENDPOINT}")
 
 
 def digest_model(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
+from multiprocess import parent_process  # of the library that datatrove's executors use
 from tqdm import tqdm
 
 from nvembed.eval.files import whole
@@ -27,10 +29,22 @@ POLL = 10  # seconds between looks at a Slurm job
 datatrove_logger.disable("datatrove.executor.local")  # its log of starts and ends; a task's own log stays
 
 
-class QuietExecutor(LocalPipelineExecutor):
-    """Prints errors only: datatrove shows the log of the first worker, as its local rank is 0."""
+class LocalExecutor(LocalPipelineExecutor):
+    """Leaves no process behind when it is killed, and prints nothing of its own: datatrove shows the log of the first
+    worker, whose local rank is 0, and the values of all variables with an error, which reaches `make_shards` anyway.
+    """
+
+    is_running = False
+
+    def run(self):
+        LocalExecutor.is_running = True
+        try:
+            return super().run()
+        finally:
+            LocalExecutor.is_running = False
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+        datatrove_logger.disable("datatrove.executor.base")
         return super()._run_for_rank(rank, local_rank + 1, node_rank)
 
 
@@ -67,7 +81,7 @@ class ExecutorArguments:
         if not isinstance(options, dict):
             raise ValueError(f"{self.executor_options} holds {options!r}, not a mapping of options")
         options = {"tasks": tasks, "workers": min(tasks, self.workers or tasks), "logging_dir": str(logs)} | options
-        kinds = {"local": QuietExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
+        kinds = {"local": LocalExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
         try:
             return kinds[self.executor](pipeline=[step], **options)
         except TypeError as error:  # an argument that does not exist, or a required one that is not given
@@ -98,6 +112,8 @@ class MakeShards(PipelineStep):
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         missing = [n for n in range(rank, len(self.paths), world_size) if not self.paths[n].exists()]
         if missing:
+            if parent_process() is not None:
+                watch_parent()
             if torch.cuda.is_available():  # on Slurm and Ray a task sees only its own
                 torch.cuda.set_device(rank % torch.cuda.device_count())
             if self.threads is not None:
@@ -107,6 +123,22 @@ class MakeShards(PipelineStep):
                 with self.track_time("shard"), whole(self.paths[number]) as partial:
                     make(number, partial)
         yield from data or ()
+
+
+def watch_parent() -> None:
+    """Ends this process soon after its parent, also one that was killed, for which it would wait for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# Tasks call `watch_parent` themselves; this is for the process in which `multiprocess` keeps their queues.
+os.register_at_fork(after_in_child=lambda: watch_parent() if LocalExecutor.is_running else None)
 
 
 def make_shards(name: str, prepare: Callable[[], Make], paths: Sequence[Path], logs: Path, where: ExecutorArguments):

@@ -6,6 +6,7 @@ python train/build_data.py --list
 Run it again to resume. What it writes is described in docs/data.md; training reads it with `data_dir:`.
 """
 
+import logging
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -100,11 +101,12 @@ def run(args: BuildArguments) -> dict:
     """Builds, and writes `manifest.json` and `DATA.md`; returns the manifest.
 
     Raises:
-        ValueError: as `read_recipe`, `claim_output` and `build`.
+        ValueError: as `read_recipe`, `TeacherSettings.check`, `claim_output` and `build`.
     """
     if args.recipe is None or args.output_dir is None:
         raise ValueError("--recipe and --output_dir are needed, or --list")
     settings, output = read_recipe(find_recipe(args.recipe), args.sets), Path(args.output_dir)
+    settings.teacher.check()
     claim_output(settings, output)
     sets = build(settings, output, args)
     manifest = {
@@ -121,6 +123,7 @@ def run(args: BuildArguments) -> dict:
 
 
 def main() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
     (args,) = HfArgumentParser(BuildArguments, description=__doc__).parse_args_into_dataclasses()
     if args.list:
         print(list_sets())

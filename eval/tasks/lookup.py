@@ -69,6 +69,14 @@ def _nearest(name: str, known: list[str], count: int = 5) -> list[str]:
     return list(dict.fromkeys([*holding, *alike]))[:count]
 
 
+def check_task_names(names: Iterable[str], where: str) -> None:
+    """Raises a `ValueError` if one is no task of mteb; a misspelt one would certify nothing."""
+    for name in names:
+        if name not in _task_names():
+            near = ", ".join(map(repr, _nearest(name, _task_names()))) or "none"
+            raise ValueError(f"{where} has {name!r}, which is no task of mteb {mteb.__version__}; near are {near}")
+
+
 @cache
 def _task_names() -> list[str]:
     return [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_aggregate=False)]

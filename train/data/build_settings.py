@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nvembed.eval.models import LoadedModel, load_model
+from nvembed.eval.models import LoadedModel, find_config, load_model
 from nvembed.train.data.decontaminate import DecontaminationRule, read_rule
 from nvembed.train.data.mining import MiningRules
 from nvembed.train.data.source import DatasetSource, check_fields
@@ -33,6 +33,12 @@ class TeacherSettings:
 
     def __post_init__(self):
         check_fields(self, "teacher")
+
+    def check(self) -> None:
+        """Raises a `ValueError` if a model is neither a folder nor on the Hub, before anything is built with it."""
+        for model, revision in ((self.model, self.revision), (self.cross_encoder, None)):
+            if model is not None:
+                find_config(model, revision)
 
     def load(self) -> LoadedModel:
         return load_model(

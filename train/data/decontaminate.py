@@ -30,6 +30,7 @@ from nvembed.train.data.words import normal_words, normalize, split_words
 
 
 MATCHES = ("exact", "normalized", "ngram", "bm25")
+EXAMPLES = 10  # of what would be dropped, printed by --dry_run
 ROUNDING = 1e-5  # of BM25's scores, which are fp32
 TEXT_COLUMNS = ("text", "sentences", "sentence1", "sentence2", "query", "title")  # of mteb's tasks and of files
 
@@ -292,7 +293,7 @@ def main() -> None:
     try:
         run(args)
     except (ValueError, FileExistsError) as error:
-        sys.exit(f"decontaminate: {error}")
+        sys.exit(str(error) if str(error).startswith("decontaminate: ") else f"decontaminate: {error}")
 
 
 def read_triplets(source: DatasetSource, num_negatives: int) -> Iterator[dict]:
@@ -304,7 +305,7 @@ def read_triplets(source: DatasetSource, num_negatives: int) -> Iterator[dict]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the clean triplets of a source and `<output>.report.json`, or prints the report."""
+    """Writes the clean triplets of a source and `<output>.report.json`, or prints the first that would be dropped."""
     rule = DecontaminationRule(args.against, args.match, args.n, args.threshold, args.documents)
     decontaminator = Decontaminator(rule, evaluation_texts(rule))
     source = DatasetSource(args.path, args.kind, args.split)
@@ -325,6 +326,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         for _ in clean():
             pass
+        for row in report[:EXAMPLES]:
+            print(json.dumps(row, ensure_ascii=False))
     else:
         write_jsonl(Path(args.output), clean())
         write_json(Path(args.output).with_suffix(".report.json"), {"counts": counts, "dropped": report})

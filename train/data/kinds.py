@@ -87,5 +87,6 @@ def _kind_of_layout(source: DatasetSource) -> str:
             return kind
     raise ValueError(
         f"{source.path}: unknown dataset layout with columns {sorted(found)}; expected query (or anchor), positive "
-        "(and negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl"
+        "(and negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl; in a "
+        "recipe, `columns:` names yours, such as `kind: triplets, columns: {query: question, positive: answer}`"
     )

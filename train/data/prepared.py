@@ -220,6 +220,14 @@ def provenance(source: DatasetSource) -> dict:
     return entry | {"path": None if digests else source.path, "files": digests}
 
 
+def _difference(key: str, was: object, is_: object) -> str:
+    """Of mappings, the first value that differs."""
+    if isinstance(was, dict) and isinstance(is_, dict):
+        part = next(part for part in {**is_, **was} if was.get(part) != is_.get(part))
+        return _difference(f"{key}.{part}", was.get(part), is_.get(part))
+    return f"{key} was {was!r} and is {is_!r}"
+
+
 def first_difference(before: dict, now: dict) -> str:
     """The first setting or file in which the provenance of two folders of tables differs."""
     old, new = ([source["name"] for source in made_of["datasets"]] for made_of in (before, now))
@@ -233,5 +241,5 @@ def first_difference(before: dict, now: dict) -> str:
                 changed = [file for file in files.keys() | value.keys() if files.get(file) != value.get(file)]
                 return f"{name}{min(changed)} has changed"
             if key != "datasets" and value != was.get(key):
-                return f"{name}{key} was {was.get(key)!r} and is {value!r}"
+                return name + _difference(key, was.get(key), value)
     return "an earlier version of nvembed made it"

@@ -9,6 +9,7 @@ import yaml
 
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.tasks.instructions import find_instruction
+from nvembed.eval.tasks.lookup import check_task_names
 from nvembed.train.data import source
 from nvembed.train.data.source import DatasetSource, check_keys
 
@@ -76,13 +77,18 @@ def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) ->
     """A recipe's entry as a `DatasetSource`; keys beside `set` override what `paper.yaml` says.
 
     Args:
-        data_dir: a folder that `build_data.py` wrote: sets are read from there, as they were built.
+        data_dir: a folder that `build_data.py` wrote: sets are read from there, as they were built, and may be sets of
+            one's own.
 
     Raises:
-        ValueError: as `source.as_source`; the set does not exist, or has no public source.
+        ValueError: as `source.as_source`; the set does not exist, or has no public source; `mteb` names no task of it.
     """
+    if isinstance(entry, dict) and isinstance(entry.get("mteb"), list):
+        check_task_names(map(str, entry["mteb"]), f"datasets: mteb of {entry.get('path') or entry.get('set')}")
     if not isinstance(entry, dict) or "set" not in entry or entry.get("set") is None:
         return source.as_source(entry)
+    if data_dir is not None and "path" not in entry and (own := own_set(entry, data_dir)) is not None:
+        return own
     known = find_set(entry["set"])
     given = {"name": known.name} | entry
     if data_dir is not None and "path" not in entry:
@@ -97,6 +103,26 @@ def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) ->
     if "path" in entry and "kind" not in entry:
         told.pop("kind")  # a file of one's own may be in another layout
     return source.as_source(told | given)
+
+
+def own_set(entry: dict, data_dir: str) -> DatasetSource | None:
+    """A set that was built in `data_dir` and is none of the paper's; None if it is one of them.
+
+    Raises:
+        ValueError: it is neither the paper's nor in `data_dir`.
+    """
+    name = entry["set"]
+    if name in known_sets():
+        return None
+    folder = Path(data_dir, str(name))
+    if not folder.is_dir():
+        built = ", ".join(sorted(path.parent.name for path in Path(data_dir).glob("*/*.parquet"))) or "none"
+        raise ValueError(
+            f"datasets: the set {name!r} is neither in data_dir {data_dir}, which has {built}, nor one "
+            f"of the paper's: {', '.join(known_sets())}"
+        )
+    rest = {key: value for key, value in entry.items() if key != "set"}
+    return source.as_source({"path": str(folder), "kind": "triplets", "name": str(name)} | rest)
 
 
 def list_sets() -> str:

@@ -32,6 +32,7 @@ PROMPTS = Path(__file__).with_name("prompts.yaml")
 TASKS_PER_CALL = 20
 FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
 FIELDS = ("user_query", "positive_document", "hard_negative_document")
+WRONG_IN_A_ROW = 50  # then nothing more is paid for: the model or the endpoint does not do what is asked
 
 
 # --- What a right answer is
@@ -139,15 +140,21 @@ class Synthesis:
         self.free = asyncio.Semaphore(settings.concurrency)
         self.rejected: list[dict] = []
         self.tokens = [0, 0]
+        self.wrong_in_a_row = Counter()  # of each step: right tasks do not make up for wrong examples
 
     async def ask(self, place: str, prompt: str, read: Callable[[Answer], object]) -> object | None:
-        """What `read` makes of the first right answer; None if no attempt gives one."""
+        """What `read` makes of the first right answer; None if no attempt gives one.
+
+        Raises:
+            ValueError: so many new answers in a row were wrong that more would be, too.
+        """
         reasons = []
         for attempt in range(self.settings.attempts):
             of_run = [self.writer.name, self.writer.options, self.settings.seed]
             identity = json.dumps([*of_run, place, attempt, prompt])
             key = hashlib.sha256(identity.encode()).hexdigest()
-            if (answer := self.answers.known.get(key)) is None:
+            is_new = (answer := self.answers.known.get(key)) is None
+            if is_new:
                 async with self.free:
                     answer = await self.writer.answer(prompt, int(key[:7], 16))
                 self.answers.add(key, answer)
@@ -158,11 +165,19 @@ class Synthesis:
             self.tokens[1] += answer.tokens_out
             try:
                 result = read(answer)
-                self.counts["right answers"] += 1
-                return result
             except ValueError as error:
                 self.counts[f"wrong answer: {error}"] += 1
                 reasons.append(str(error))
+                self.wrong_in_a_row[read] += is_new
+                if self.wrong_in_a_row[read] == WRONG_IN_A_ROW:
+                    raise ValueError(
+                        f"{WRONG_IN_A_ROW} answers of {self.writer.name} in a row were wrong, the last because: "
+                        f"{error}; see {self.answers.path}. Nothing more is asked: is it tuned to follow instructions?"
+                    ) from None
+            else:
+                self.counts["right answers"] += 1
+                self.wrong_in_a_row[read] = 0
+                return result
         self.rejected.append({"place": place, "prompt": prompt, "reasons": reasons})
         self.counts["set aside"] += 1
         return None
@@ -238,15 +253,15 @@ async def _gather(coroutines: Sequence) -> list:
     return [task.result() for task in tasks]
 
 
-def synthesize(writer: Writer, output: Path, settings: Settings, counts: Counter, prices=(0.0, 0.0)) -> dict:
+def synthesize(writer: Writer, output: Path, settings: Settings, counts: Counter, prices=None) -> dict:
     """Writes `train.jsonl`, `rejected.jsonl` and `report.json`; returns the report.
 
     Args:
-        prices: dollars for a million tokens read, and written.
+        prices: dollars for a million tokens read, and written; None: unknown.
 
     Raises:
         ConnectionError: as `Endpoint`.
-        ValueError: as `Answers`.
+        ValueError: as `Answers` and `Synthesis.ask`.
     """
     synthesis = Synthesis(writer, Answers(output / "answers.jsonl"), settings, counts)
     try:
@@ -264,7 +279,7 @@ def synthesize(writer: Writer, output: Path, settings: Settings, counts: Counter
         "settings": asdict(settings),
         "counts": dict(sorted((+counts).items())),
         "tokens": {"in": tokens_in, "out": tokens_out},
-        "dollars": round((tokens_in * prices[0] + tokens_out * prices[1]) / 1e6, 4),
+        "dollars": prices and round((tokens_in * prices[0] + tokens_out * prices[1]) / 1e6, 4),
     }
     write_json(output / "report.json", report)
     return report
@@ -290,7 +305,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16, help="requests at a time")
     parser.add_argument("--requests_per_minute", type=float)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for an answer")
-    parser.add_argument("--prices", type=float, nargs=2, default=(0.0, 0.0), help="dollars a million tokens in, out")
+    parser.add_argument("--prices", type=float, nargs=2, help="dollars a million tokens in, out")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     if (args.endpoint is None) == (args.local_model is None) or (args.endpoint and not args.model):
@@ -310,6 +325,11 @@ def main() -> None:
     except (ConnectionError, ValueError) as error:
         sys.exit(f"synthesize: {error}")
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    made, set_aside = (report["counts"].get(name, 0) for name in ("triplets", "set aside"))
+    print(
+        f"{made:,} triplets in {Path(args.output_dir, 'train.jsonl')}; {set_aside:,} set aside in rejected.jsonl, "
+        "asked again with higher --attempts"
+    )
 
 
 if __name__ == "__main__":

@@ -123,6 +123,13 @@ def test_one_set_alone_and_a_training_read_what_was_built(recipe, tmp_path):
     source = as_source({"set": "nfcorpus"}, str(tmp_path / "out"))
     read = prepare([source], 2).to_list()
     assert read == triplets_of(tmp_path / "out", manifest, "nfcorpus")
+    own = {"datasets": [{"path": "data/ready.jsonl", "name": "mine"}], "teacher": None, "decontaminate": None}
+    change(recipe, **own)
+    manifest = build(recipe, tmp_path / "own")
+    read = prepare([as_source({"set": "mine"}, str(tmp_path / "own"))], 2).to_list()
+    assert read == triplets_of(tmp_path / "own", manifest, "mine")
+    with pytest.raises(ValueError, match="'yours' is neither in data_dir .*own, which has mine, nor one of"):
+        as_source({"set": "yours"}, str(tmp_path / "own"))
     with pytest.raises(ValueError, match="--sets 'nfc' is not in .*recipe.yaml; its sets are"):
         build(recipe, tmp_path / "out", sets=["nfc"])
 
@@ -186,21 +193,32 @@ def test_interrupted_in_every_step_and_resumed_it_builds_the_same(recipe, checkp
 
 
 @pytest.mark.slow
-def test_two_tasks_killed_and_four_resuming_build_the_same(recipe, tmp_path):
-    expected = build(recipe, tmp_path / "one")
-    folder = tmp_path / "two"
-    command = [sys.executable, "-m", "nvembed.train.build_data", "--recipe", recipe, "--output_dir", folder]
-    process = subprocess.Popen(
-        [*command, "--tasks", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not list(folder.glob("work/*/clean/0*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder / "manifest.json").exists()
+def test_killed_and_resumed_by_more_tasks_it_builds_the_same(recipe, checkpoint, tmp_path):
+    """SIGKILL of the main process alone: its tasks end, too."""
+    change(recipe, teacher={"model": str(checkpoint), "max_length": 64}, shard_rows=9, corpus_shard_rows=5)
+    command = [sys.executable, "-m", "nvembed.train.build_data", "--recipe", recipe, "--output_dir"]
+    # As many tasks at a time: a model's scores differ in the last digit between one thread and two.
+    subprocess.run([*command, tmp_path / "whole", "--tasks", "2"], check=True, capture_output=True)
+    expected = (tmp_path / "whole" / "manifest.json").read_bytes()
+    folder = tmp_path / "killed"
+    command.append(folder)
+    for step in ("work/*/clean/0*", "work/*/vectors/0*"):
+        process = subprocess.Popen(
+            [*command, "--tasks", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not list(folder.glob(step)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert process.poll() is None, f"{step}: not killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(process.pid, 0)  # until no process of its session is left
+                time.sleep(0.1)
+        assert not (folder / "manifest.json").exists()
     subprocess.run([*command, "--tasks", "4", "--workers", "2"], check=True, capture_output=True)
-    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(expected))
+    assert (folder / "manifest.json").read_bytes() == expected
 
 
 def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp_path):

@@ -1,15 +1,18 @@
 """The registry, and every layout that it names, on small local copies with the same columns."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
+from nvembed.eval.data import beir as beir_layout
 from nvembed.train.data.kinds import KINDS, check_kind
 from nvembed.train.data.sets import as_source, find_set, known_sets, list_sets
 from nvembed.train.data.source import DatasetSource, check_exists, check_sources
+from tests.train.data.test_nemotron import CORPUS, QUERIES, write_set
 from tests.triplets import prepare, write_jsonl
 
 
@@ -101,6 +104,17 @@ COPIES = {
 }  # fmt: skip
 
 
+LABELLED = [{"id": str(i), "text": f"t{i}", "label": i % 2, "label_text": f"l{i % 2}", "lang": "en"} for i in range(6)]
+COPIES |= dict.fromkeys(
+    ["amazon_polarity", "amazon_reviews", "banking77", "imdb", "mtop_intent", "mtop_domain", "massive_intent",
+     "massive_scenario", "toxic_conversations", "tweet_sentiment"],
+    LABELLED,
+)  # fmt: skip
+COPIES |= dict.fromkeys(["biorxiv_s2s", "medrxiv_p2p", "medrxiv_s2s"], COPIES["biorxiv_p2p"])
+COPIES |= {"reddit_p2p": COPIES["reddit"], "stackexchange_titles": COPIES["stackexchange_p2p"]}
+COPIES |= dict.fromkeys(["sts12", "sts22"], COPIES["stsb"])
+
+
 @pytest.mark.parametrize("name", COPIES)
 def test_registered_columns_are_read(tmp_path, name):
     write_jsonl(tmp_path / "train.jsonl", COPIES[name])
@@ -110,6 +124,8 @@ def test_registered_columns_are_read(tmp_path, name):
     for row in rows:
         assert row["instruction"] == find_set(name).instruction
         assert row["negatives"] or name == "arxiv_p2p"
+        if find_set(name).kind == "label_classification":
+            assert row["positive"] in ("l0", "l1"), "the label's name, not its number"
     if name == "arxiv_p2p":
         assert {row["query"] for row in rows} == {f"t{i} a" for i in range(6)}
         assert not any(row["negatives"] for row in rows), "all texts share the label x"
@@ -118,6 +134,50 @@ def test_registered_columns_are_read(tmp_path, name):
             assert row["positive"] != row["query"]
             assert int(row["query"][1]) % 2 == int(row["positive"][1]) % 2
             assert all(int(text[1]) % 2 != int(row["query"][1]) % 2 for text in row["negatives"])
+
+
+@pytest.mark.parametrize("name", ["msmarco", "hotpotqa", "fever", "fiqa", "nfcorpus", "scifact"])
+def test_registered_retrieval_sets_are_read_from_mtebs_configs(beir, tmp_path, name, monkeypatch):
+    """The layout of mteb's repositories: the corpus and the queries are configs, the qrels the default one."""
+    rows = (beir / "qrels" / "train.tsv").read_text().split()
+    qrels = [dict(zip(("query-id", "corpus-id", "score"), rows[i : i + 3])) for i in range(3, len(rows), 3)]
+    public = tmp_path / "public"
+    write_jsonl(public / "qrels.jsonl", [row | {"score": float(row["score"])} for row in qrels])
+    shutil.copy(beir / "corpus.jsonl", public / "documents.jsonl")
+    shutil.copy(beir / "queries.jsonl", public / "questions.jsonl")
+    parts = (("default", "train", "qrels"), ("corpus", "corpus", "documents"), ("queries", "queries", "questions"))
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n  - {{split: {split}, path: {file}.jsonl}}\n"
+        for config, split, file in parts
+    )
+    (public / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    expected = prepare([DatasetSource(str(beir), instruction=find_set(name).instruction)], 2)
+    asked = []
+
+    def load_copy(path, config, split):
+        asked.append(path)
+        return load_dataset(str(public), config, split=split)
+
+    monkeypatch.setattr(beir_layout, "load_dataset", load_copy)
+    rows = prepare([as_source({"set": name})], 2)
+    assert set(asked) == {find_set(name).path}
+    columns = ("query", "positive", "negatives", "instruction")
+    assert [[row[column] for column in columns] for row in rows] == [[row[c] for c in columns] for row in expected]
+
+
+@pytest.mark.parametrize("name", ["paq", "nq", "miracl"])
+def test_registered_sets_of_nvidias_are_read(tmp_path, name):
+    write_set(tmp_path / find_set(name).config, QUERIES, CORPUS)
+    rows = prepare([as_source({"set": name, "path": str(tmp_path), "kind": "nemotron"})], 7)
+    assert [(row["query"], row["positive"]) for row in rows] == [
+        ("first", "document 0"), ("first", "document 1"), ("second", "document 4"),
+    ]  # fmt: skip
+    assert {row["instruction"] for row in rows} == {find_set(name).instruction}
+
+
+def test_every_set_with_a_source_has_a_local_copy_here():
+    elsewhere = {known.name for known in known_sets().values() if known.kind in ("retrieval", "nemotron")}
+    assert {known.name for known in known_sets().values() if known.path} <= COPIES.keys() | elsewhere
 
 
 def test_qa_mines_in_the_passages_of_all_rows(tmp_path):
@@ -177,3 +237,9 @@ def test_shards_of_the_hubs_layout_are_read_in_order(tmp_path):
         Dataset.from_list(rows).to_parquet(tmp_path / f"train-{number:05}-of-00002.parquet")
     triplets = prepare([DatasetSource(str(tmp_path))], 1)
     assert triplets["query"][:] == ["q00", "q01", "q10", "q11"]
+
+
+def test_a_misspelt_task_of_mteb_certifies_nothing():
+    with pytest.raises(ValueError, match="mteb of my.jsonl has 'MSMARCCO', which is no task .*near are 'MSMARCO'"):
+        as_source({"path": "my.jsonl", "mteb": ["MSMARCCO"]})
+    assert as_source({"path": "my.jsonl", "mteb": ["MSMARCO"]}).mteb == ["MSMARCO"]

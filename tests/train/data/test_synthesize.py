@@ -179,6 +179,18 @@ def test_a_refused_prompt_is_set_aside_and_an_endpoint_that_refuses_all_is_named
         run(endpoint, tmp_path / "other", settings={"attempts": 9})
 
 
+def test_a_model_that_only_answers_wrongly_is_not_paid_for_every_task(endpoint, tmp_path):
+    endpoint.respond = lambda prompt, number: (
+        good(prompt, number) if "JSON list" in prompt else (200, completion("Sure! Here it is:"), 0)
+    )
+    words = "50 answers of m in a row were wrong, the last because: not JSON alone; see .*answers.jsonl"
+    with pytest.raises(ValueError, match=words):
+        run(endpoint, tmp_path / "out", tasks=40)
+    assert 50 < len(rows(tmp_path / "out" / "answers.jsonl")) < 80, "those on their way are kept"
+    endpoint.respond = good
+    assert run(endpoint, tmp_path / "out", tasks=40, settings={"attempts": 9})["counts"]["triplets"] == 40
+
+
 def test_what_gets_no_right_answer_is_set_aside_with_its_reasons(endpoint, tmp_path):
     endpoint.respond = lambda prompt, number: (
         good(prompt, number) if "JSON list" in prompt else (200, completion("__import__('os').system('true')"), 0)
