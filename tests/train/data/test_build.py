@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from nvembed import NVEmbedModel
 from nvembed.eval import shards
@@ -159,6 +162,44 @@ def test_an_embedding_teacher_ranks_by_its_vectors(recipe, checkpoint, tmp_path)
         file.write(json.dumps({"_id": "new", "text": "one more"}) + "\n")
     with pytest.raises(ValueError, match="holds a build of something else: search: corpus.jsonl has changed"):
         build(recipe, tmp_path / "out")
+
+
+def test_a_cross_encoder_scores_what_bm25_found(recipe, tmp_path):
+    """A CrossEncoder of sentence-transformers, as it is saved; its scores anew by transformers alone."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "of", "text", "and"]
+    words += [f"{name}{i}" for name in ("topic", "word") for i in range(30)] + [str(i) for i in range(30)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                   intermediate_size=32, num_labels=1, initializer_range=1.0),
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "cross")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "cross")
+    change(
+        recipe,
+        datasets=[{"path": "data/search"}],
+        teacher={"cross_encoder": str(tmp_path / "cross")},
+        mining={"last_rank": 10, "fill": False, "max_ratio": 0.9},
+        decontaminate=None,
+    )
+    manifest = build(recipe, tmp_path / "out")
+    assert manifest["teacher"] == f"BM25, reranked by {tmp_path / 'cross'}"
+    rows = triplets_of(tmp_path / "out", manifest, "search")
+    assert sum(len(row["negatives"]) for row in rows) > len(rows)
+    for row in rows:
+        texts = [row["positive"], *row["negatives"]]
+        pairs = fast([row["query"]] * len(texts), texts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            scores = model(**pairs).logits.squeeze(1).sigmoid()
+        torch.testing.assert_close(torch.tensor([row["positive_score"], *row["negative_scores"]]), scores)
+        assert (scores[1:] < 0.9 * scores[0] + 1e-6).all()
+        assert row["negative_scores"] == sorted(row["negative_scores"], reverse=True)
 
 
 @pytest.mark.slow
