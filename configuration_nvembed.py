@@ -46,12 +46,19 @@ class LatentAttentionConfig(PretrainedConfig):
 
 
 class BidirectionalMistralConfig(MistralConfig):
-    """A Mistral decoder read without its causal mask; `sliding_window` has no effect, as in the released code."""
+    """A Mistral decoder read without its causal mask; `sliding_window` has no effect, as in the released code.
+
+    Args:
+        qkv_bias: whether the query, key and value projections have a bias, as Qwen2's.
+        qk_norm: whether each head's queries and keys pass an RMS norm before the rotation, as Qwen3's.
+    """
 
     model_type = "bidir_mistral"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, qkv_bias: bool = False, qk_norm: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         if getattr(self, "head_dim", None) is None:  # as transformers 4.57 leaves it
             self.head_dim = self.hidden_size // self.num_attention_heads
 

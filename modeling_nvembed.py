@@ -184,17 +184,19 @@ class MistralAttention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = MistralRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = MistralRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PaddedLayout | PackedLayout, is_causal: bool
     ) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         # Under autocast the states, and so cos and sin, are fp32; attention runs in the projections' dtype.
-        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))  # [..., tokens, heads, head_dim]
+        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (self.q_norm(q), self.k_norm(k)))
         out = layout.attend(q, k, v, is_causal, self.dropout if self.training else 0.0)
         return self.o_proj(out.flatten(-2))
 
@@ -227,7 +229,10 @@ class MistralDecoderLayer(nn.Module):
 
 
 class BidirectionalMistralModel(nn.Module):
-    """Mistral's layers with bidirectional (`mask_type="b"`) or causal (`"c"`) attention; padding is always masked."""
+    """Mistral's layers with bidirectional (`mask_type="b"`) or causal (`"c"`) attention; padding is always masked.
+
+    With `qkv_bias` they are Qwen2's, with `qk_norm` Qwen3's; Llama's are Mistral's.
+    """
 
     def __init__(self, config: BidirectionalMistralConfig, mask_type: str):
         super().__init__()
@@ -239,13 +244,18 @@ class BidirectionalMistralModel(nn.Module):
         self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, input_ids: Tensor, layout: PaddedLayout | PackedLayout | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        layout: PaddedLayout | PackedLayout | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         """Maps token ids, `[batch, tokens]` or `[tokens]` depending on `layout`, to states `[..., hidden]`.
 
-        Without `layout`, each row is one text without padding.
+        Without `layout`, each row is one text without padding. `inputs_embeds`, `[..., hidden]`, replaces ids.
         """
-        layout = layout or PaddedLayout(input_ids.shape[-1])
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layout = layout or PaddedLayout(x.shape[-2])
         frequencies, scaling = inverse_frequencies(self.config, x.device)
         angles = torch.outer(layout.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
         cos, sin = ((scaling * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin))
@@ -504,11 +514,13 @@ class NVEmbedModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pool_mask: Tensor | None = None,
         lengths: list[int] | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = True,
+        inputs_embeds: Tensor | None = None,
+        **unused,
     ) -> NVEmbedModelOutput | tuple[Tensor]:
         """Maps token ids to embeddings, or to token states.
 
@@ -516,15 +528,31 @@ class NVEmbedModel(PreTrainedModel):
 
         Args:
             attention_mask: 1 for tokens, 0 for padding, of the shape of `input_ids`; None: no padding.
-            pool_mask: 1 for tokens that count in the pooling, of the shape of `input_ids`; None: no pooling.
+            pool_mask: 1 for tokens that count in the pooling, of the shape of `input_ids`; None: no pooling. If it is
+                shorter than the rows, these begin with virtual tokens (PEFT's prompt tuning), which never count.
             lengths: number of tokens of each packed text; see `pack`.
             return_dict: False: return a tuple of one tensor.
+            inputs_embeds: token embeddings `[..., hidden]` instead of `input_ids`.
+            unused: what PEFT's wrappers pass to every model; must be None or False.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
+            TypeError: an argument is asked for that the model does not have.
         """
         check_not_wrapped(self)
-        layout = PaddedLayout(input_ids.shape[-1], attention_mask) if lengths is None else PackedLayout(lengths)
-        states = self.latent_attention_model(self.embedding_model(input_ids, layout), layout)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        for name, value in unused.items():
+            if value is not None and value is not False:
+                raise TypeError(f"forward() has no argument {name!r}")
+        tokens = input_ids.shape[-1] if inputs_embeds is None else inputs_embeds.shape[-2]
+        layout = PaddedLayout(tokens, attention_mask) if lengths is None else PackedLayout(lengths)
+        states = self.latent_attention_model(self.embedding_model(input_ids, layout, inputs_embeds), layout)
+        return_dict = return_dict is None or return_dict
         if pool_mask is None:
             return NVEmbedModelOutput(states, states) if return_dict else (states,)
+        if pool_mask.shape[-1] < tokens:
+            pool_mask = F.pad(pool_mask, (tokens - pool_mask.shape[-1], 0))
         embeddings = self.latent_attention_model.pool(states, pool_mask, layout)
         return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
 
@@ -1005,9 +1033,22 @@ class NVEmbedTransformer(nn.Module):
             # Before 5.4 `prompt_length` includes `<s>`; `encode` leaves out as many tokens as the prompt has.
             length = torch.as_tensor(features["prompt_length"], device=pool_mask.device).flatten()[0] - 1
             pool_mask = pool_mask * (torch.arange(pool_mask.shape[1], device=pool_mask.device) >= length)
-        output = self.auto_model(features["input_ids"], mask, pool_mask)
-        embeddings, states = output.sentence_embeddings, output.last_hidden_state
+        if getattr(getattr(self.auto_model, "active_peft_config", None), "is_prompt_learning", False):
+            output = self.auto_model(features["input_ids"], mask, pool_mask=pool_mask)  # puts its tokens before each row
+            embeddings, states = output.sentence_embeddings, output.last_hidden_state
+        else:
+            embeddings, states = self._forward_packed(features["input_ids"], mask.bool(), pool_mask)
         return features | {"sentence_embedding": embeddings, "token_embeddings": states}
+
+    def _forward_packed(self, input_ids: Tensor, mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As on the padded rows, `[texts, tokens]`, without spending work on padding, whose states are zero."""
+        lengths, order = mask.sum(1).sort(descending=True)  # neighbours of one length share an attention call
+        places = mask[order].nonzero(as_tuple=True)
+        places = (order[places[0]], places[1])
+        output = self.auto_model(input_ids[places], pool_mask=pool_mask[places], lengths=lengths.tolist())
+        states, embeddings = output.last_hidden_state, output.sentence_embeddings
+        padded = states.new_zeros(*mask.shape, states.shape[-1]).index_put(places, states)
+        return torch.empty_like(embeddings).index_copy(0, order, embeddings), padded
 
     @classmethod
     def load(

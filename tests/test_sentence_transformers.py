@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from nvembed import NVEmbedModel
 from nvembed.eval.tasks.instructions import paper_prompts
 from nvembed.modeling_nvembed import NVEmbedTransformer
+from nvembed.texts_nvembed import pad, tokenize
 from nvembed.train.released import convert_released
 
 
@@ -289,3 +290,75 @@ def test_llama_index(st_checkpoint, reference, sentences):
     )
     assert_same(np.float32(embeddings.get_text_embedding_batch(sentences)), reference.encode(sentences))
     assert_same(np.float32(embeddings.get_query_embedding(sentences[0])), reference.encode(sentences[:1], NQ)[0])
+
+
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+def test_lora_of_peft_around_the_model(st_checkpoint, sentences, task_type):
+    """peft's own wrappers, as in sentence-transformers #3072; the adapter is not zero."""
+    peft = pytest.importorskip("peft")
+    model = SentenceTransformer(str(st_checkpoint), trust_remote_code=True, device="cpu")
+    plain = model.encode(sentences)
+    config = peft.LoraConfig(task_type=task_type, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model[0].auto_model = peft.get_peft_model(model[0].auto_model, config).eval()
+    wrapped = model.encode(sentences)
+    assert np.abs(wrapped - plain).max() > 1e-3
+    merged = model[0].auto_model.merge_and_unload()
+    np.testing.assert_allclose(wrapped, merged.encode(sentences).numpy(), atol=1e-5)
+
+
+def test_prompt_tuning_of_peft(checkpoint, sentences):
+    """Virtual tokens before each text: attended to, not pooled; the gradient reaches them."""
+    peft = pytest.importorskip("peft")
+    base = NVEmbedModel.from_pretrained(checkpoint)
+    config = peft.PromptTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=3, token_dim=32, num_layers=3, num_attention_heads=4
+    )
+    model = peft.get_peft_model(base, config)
+    rows = tokenize(base.tokenizer, base.config, sentences, [""] * len(sentences), 64)
+    features = pad(rows, base.tokenizer.pad_token_id)
+    output = model(features["input_ids"], features["attention_mask"], pool_mask=features["pool_mask"])
+    output.sentence_embeddings.square().sum().backward()
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    assert prompt.grad is not None and prompt.shape == (3, 32)
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            tokens = base.get_input_embeddings()(torch.tensor(row.input_ids))
+            states = base(inputs_embeds=torch.cat([prompt, tokens]).unsqueeze(0)).last_hidden_state[0, 3:]
+            expected = torch.nn.functional.normalize(states.mean(0), dim=-1)
+            torch.testing.assert_close(output.sentence_embeddings[i].detach(), expected, atol=1e-5, rtol=0)
+    wrapped = SentenceTransformer(str(checkpoint), trust_remote_code=True, device="cpu")
+    wrapped[0].auto_model = model.eval()
+    np.testing.assert_allclose(wrapped.encode(sentences), output.sentence_embeddings.detach().numpy(), atol=1e-5)
+
+
+def test_packed_rows_have_the_states_and_gradients_of_padded_ones(st_model, sentences):
+    module = st_model[0]
+    features = module.preprocess([sentences[0], sentences[1] * 3, "a", "b"], prompt=NQ)
+    mask = features["attention_mask"].bool()
+
+    def padded(features):
+        output = module.auto_model(features["input_ids"], features["attention_mask"], features["pool_mask"])
+        return {"token_embeddings": output.last_hidden_state, "sentence_embedding": output.sentence_embeddings}
+
+    results = []
+    for forward in (module.forward, padded):
+        module.zero_grad()
+        output = forward(features)
+        (output["sentence_embedding"] * torch.arange(32)).sum().backward()
+        found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        found |= {"states": output["token_embeddings"][mask], "embeddings": output["sentence_embedding"]}
+        results.append(found)
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 30
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_forward_refuses_what_it_does_not_have(model):
+    ids = torch.arange(4).unsqueeze(0)
+    embeddings = model.get_input_embeddings()(ids)
+    with pytest.raises(TypeError, match="forward.. has no argument 'output_attentions'"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeddings)
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeddings).last_hidden_state, model(ids).last_hidden_state)

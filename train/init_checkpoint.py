@@ -1,4 +1,4 @@
-"""Makes an untrained NV-Embed checkpoint from a Mistral or Llama decoder, or converts a released NV-Embed.
+"""Makes an untrained NV-Embed checkpoint from a Mistral, Llama or Qwen decoder, or converts a released NV-Embed.
 
     python train/init_checkpoint.py --base mistralai/Mistral-7B-v0.1 --output_dir runs/mistral
     python train/init_checkpoint.py --base models/smollm2.gguf --num_layers 8 --output_dir runs/smollm2
@@ -10,6 +10,7 @@ with which today's transformers and sentence-transformers load it.
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    HfArgumentParser,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.instructions import paper_prompts
@@ -28,7 +36,28 @@ from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.released import convert_released, fold_released
 
 
-SUPPORTED = ("mistral", "llama")
+logger = logging.getLogger(__name__)
+
+# model_type -> the switches of `BidirectionalMistralConfig` that make Mistral's layers this family's.
+SUPPORTED = {
+    "mistral": {},
+    "ministral": {},
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+# What keeps others out, where their config does not show it.
+DIFFERENT = {
+    "nemotron": "LayerNorm with 1 + weight, a squared ReLU without a gate, and rotation of a part of each head",
+    "gemma": "norms with 1 + weight, and scaled embeddings",
+    "gemma2": "norms with 1 + weight before and after each block, scaled embeddings, and capped scores",
+    "gemma3_text": "norms with 1 + weight before and after each block, and scaled embeddings",
+    "granite": "factors on embeddings, attention and residuals",
+    "cohere": "attention and MLP side by side behind one LayerNorm, and interleaved rotation",
+    "smollm3": "layers without rotary positions",
+    "ministral3": "queries scaled by position",
+}
+OF_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 
 
 @dataclass
@@ -60,7 +89,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
     """Reads the decoder and builds the model around it.
 
     Raises:
-        ValueError: the base does not have Mistral's or Llama's layout, or has fewer than `num_layers` layers.
+        ValueError: the base has another layout than Mistral, Llama, Qwen2 or Qwen3, or fewer than `num_layers` layers.
     """
     base, gguf = args.base, {"gguf_file": args.gguf_file} if args.gguf_file else {}
     if Path(base).suffix == ".gguf":
@@ -78,11 +107,13 @@ def init_model(args: InitArguments) -> NVEmbedModel:
     tokenizer = _embedding_tokenizer(AutoTokenizer.from_pretrained(base, **gguf), decoder_config, bool(gguf))
     check_token_ids(tokenizer, decoder_config.vocab_size, args.base)
 
-    fields = {key: value for key, value in decoder_config.to_dict().items() if not key.endswith("name_or_path")}
+    left_out = ("name_or_path", *OF_WINDOWS)
+    fields = {key: value for key, value in decoder_config.to_dict().items() if not key.endswith(left_out)}
     fields.update(
         num_hidden_layers=args.num_layers or decoder_config.num_hidden_layers,
         sliding_window=None,
         tie_word_embeddings=False,  # there is no output layer to tie to
+        **SUPPORTED[decoder_config.model_type],
     )
     hidden = decoder_config.hidden_size
     config = NVEmbedConfig(
@@ -110,12 +141,46 @@ def init_model(args: InitArguments) -> NVEmbedModel:
 
 def _check_layout(args: InitArguments, config) -> None:
     if config.model_type not in SUPPORTED:
+        difference = DIFFERENT.get(config.model_type) or _difference_of_tensors(config)
         raise ValueError(
-            f"{args.base} is a {config.model_type!r} model; the base must be a decoder of Mistral or Llama layout "
-            f"(model_type {' or '.join(map(repr, SUPPORTED))})"
+            f"{args.base} is a {config.model_type!r} model, which differs from Mistral's layers: {difference}. The "
+            f"base must be one of {', '.join(map(repr, SUPPORTED))}"
         )
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            raise ValueError(f"{args.base} has {name}: biases that Mistral's layers do not have; take another base")
     if args.num_layers is not None and not 1 <= args.num_layers <= config.num_hidden_layers:
         raise ValueError(f"num_layers is {args.num_layers}; {args.base} has layers 1 to {config.num_hidden_layers}")
+    windowed = sliding_layers(config)
+    if windowed:
+        logger.warning(
+            f"{args.base}: {windowed} of {config.num_hidden_layers} layers attend within a window of "
+            f"{config.sliding_window} tokens; here they attend to the whole text."
+        )
+
+
+def sliding_layers(config) -> int:
+    """How many layers of a decoder attend within a sliding window."""
+    if getattr(config, "sliding_window", None) is None:
+        return 0
+    if getattr(config, "layer_types", None) is not None:
+        return config.layer_types.count("sliding_attention")
+    return config.num_hidden_layers if config.model_type == "mistral" else 0
+
+
+def _difference_of_tensors(config) -> str:
+    """The first tensors by which a family's layers differ from Mistral's."""
+    try:
+        with torch.device("meta"):
+            theirs = set(AutoModel.from_config(config).state_dict())
+    except Exception as error:  # of a family that transformers cannot build as a decoder
+        return f"no decoder can be made of it ({error})"
+    mistral = MistralConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1)
+    mistral.num_hidden_layers = getattr(config, "num_hidden_layers", 1)
+    with torch.device("meta"):
+        ours = set(AutoModel.from_config(mistral).state_dict())
+    unknown, missing = (sorted(names)[:3] for names in (theirs - ours, ours - theirs))
+    return f"it has {', '.join(unknown) or 'the same tensors'}; it lacks {', '.join(missing) or 'none'}"
 
 
 def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: str) -> None:
@@ -127,8 +192,8 @@ def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: s
     }
     if kept.keys() != wanted.keys():
         raise ValueError(
-            f"{base} is not of Mistral/Llama layout: unknown tensors {sorted(kept.keys() - wanted.keys())[:3]}, "
-            f"missing tensors {sorted(wanted.keys() - kept.keys())[:3]}"
+            f"{base} does not have the tensors that its model_type promises: unknown tensors "
+            f"{sorted(kept.keys() - wanted.keys())[:3]}, missing tensors {sorted(wanted.keys() - kept.keys())[:3]}"
         )
     model.embedding_model.load_state_dict(kept)
 

@@ -4,9 +4,26 @@ import shutil
 import gguf
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    LlamaConfig,
+    LlamaModel,
+    MinistralConfig,
+    MistralConfig,
+    Phi3Config,
+    Phi3Model,
+    Qwen2Config,
+    Qwen3Config,
+    ViTConfig,
+    ViTModel,
+)
 
 from nvembed import NVEmbedModel
+from nvembed.texts_nvembed import tokenize
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.init_checkpoint import init_model, main
 from nvembed.train.released import convert_released
@@ -50,12 +67,19 @@ def test_other_layouts_are_refused(tmp_path, init_args, decoder_dir):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1, "vocab_size": 400}
     Gemma2Model(Gemma2Config(**small)).save_pretrained(tmp_path / "gemma2")
-    with pytest.raises(ValueError, match="gemma2 is a 'gemma2' model; the base must be .* Mistral or Llama layout"):
+    with pytest.raises(ValueError, match="gemma2 is a 'gemma2' model, .*norms with 1 [+] weight.* one of 'mistral'"):
         init_model(init_args(base=str(tmp_path / "gemma2")))
+    Phi3Model(Phi3Config(**small, pad_token_id=0)).save_pretrained(tmp_path / "phi3")
+    words = "phi3 is a 'phi3' model, which differs .* it has layers.0.mlp.gate_up_proj.weight, .*; it lacks layers.0"
+    with pytest.raises(ValueError, match=words):
+        init_model(init_args(base=str(tmp_path / "phi3")))
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="vit is a 'vit' model, which differs from Mistral's layers"):
+        init_model(init_args(base=str(tmp_path / "vit")))
 
     LlamaModel(LlamaConfig(**small, attention_bias=True)).save_pretrained(tmp_path / "biased")
     AutoTokenizer.from_pretrained(decoder_dir).save_pretrained(tmp_path / "biased")
-    with pytest.raises(ValueError, match=r"unknown tensors \['layers.0.self_attn.k_proj.bias'"):
+    with pytest.raises(ValueError, match="biased has attention_bias: biases that Mistral's layers do not have"):
         init_model(init_args(base=str(tmp_path / "biased")))
 
     with pytest.raises(ValueError, match="num_layers is 9; .* has layers 1 to 3"):
@@ -203,3 +227,64 @@ def test_gguf_base_equals_the_folder(tmp_path, init_args, decoder_dir, sentences
     from_folder = init_model(init_args())
     assert from_file.tokenizer(sentences)["input_ids"] == from_folder.tokenizer(sentences)["input_ids"]
     torch.testing.assert_close(from_file.encode(sentences), from_folder.encode(sentences), atol=1e-5, rtol=0)
+
+
+def family(kind, folder, decoder_dir, **fields):
+    """A random decoder of the family, in a folder with the tiny tokenizer."""
+    shutil.copytree(decoder_dir, folder)
+    (folder / "model.safetensors").unlink()
+    shape = LlamaConfig.from_pretrained(decoder_dir).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = {name: shape[name] for name in (*names, "num_key_value_heads", "bos_token_id", "eos_token_id")}
+    shape["vocab_size"] += 8  # Qwen's tokenizers add tokens of their own
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**shape, initializer_range=0.2, **fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    model.save_pretrained(folder)
+    return model.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Qwen2Config, {"tie_word_embeddings": True}),
+        (Qwen3Config, {"head_dim": 16}),
+        (MinistralConfig, {"head_dim": 8, "sliding_window": 400}),
+    ],
+)
+def test_another_family_becomes_a_checkpoint_that_loads_anywhere(
+    kind, fields, tmp_path, init_args, decoder_dir, sentences, encode_without_nvembed
+):
+    from sentence_transformers import SentenceTransformer
+
+    decoder = family(kind, tmp_path / "base", decoder_dir, **fields)
+    model = init_model(init_args(base=str(tmp_path / "base"), mask_type="c")).eval()
+    write_checkpoint(model, str(tmp_path / "checkpoint"))
+    rows = tokenize(model.tokenizer, model.config, sentences, [""] * len(sentences), 64)
+    with torch.no_grad():
+        states = [decoder(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0) for row in rows]
+    expected = torch.nn.functional.normalize(torch.stack(states), dim=-1)
+    torch.testing.assert_close(model.encode(sentences), expected, atol=1e-5, rtol=0)
+    elsewhere, _ = encode_without_nvembed(tmp_path / "checkpoint", sentences, "", 64)
+    torch.testing.assert_close(elsewhere, expected, atol=1e-5, rtol=0)
+    theirs = SentenceTransformer(str(tmp_path / "checkpoint"), trust_remote_code=True, device="cpu").encode(sentences)
+    torch.testing.assert_close(torch.tensor(theirs), expected, atol=1e-5, rtol=0)
+
+
+def test_layers_with_sliding_windows_are_announced(tmp_path, init_args, decoder_dir, caplog):
+    windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    family(MinistralConfig, tmp_path / "some", decoder_dir, head_dim=8, **windows)
+    init_model(init_args(base=str(tmp_path / "some")))
+    assert "2 of 3 layers attend within a window of 8 tokens; here they attend to the whole text" in caplog.text
+    caplog.clear()
+    family(MistralConfig, tmp_path / "all", decoder_dir, sliding_window=8)
+    init_model(init_args(base=str(tmp_path / "all")))
+    assert "3 of 3 layers attend within a window of 8 tokens" in caplog.text
+    caplog.clear()
+    family(Qwen2Config, tmp_path / "none", decoder_dir, sliding_window=8, use_sliding_window=False)
+    init_model(init_args(base=str(tmp_path / "none")))
+    assert "window" not in caplog.text
