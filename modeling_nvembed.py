@@ -1034,7 +1034,7 @@ class NVEmbedTransformer(nn.Module):
             length = torch.as_tensor(features["prompt_length"], device=pool_mask.device).flatten()[0] - 1
             pool_mask = pool_mask * (torch.arange(pool_mask.shape[1], device=pool_mask.device) >= length)
         if getattr(getattr(self.auto_model, "active_peft_config", None), "is_prompt_learning", False):
-            output = self.auto_model(features["input_ids"], mask, pool_mask=pool_mask)  # puts its tokens before each row
+            output = self.auto_model(features["input_ids"], mask, pool_mask=pool_mask)  # which adds tokens
             embeddings, states = output.sentence_embeddings, output.last_hidden_state
         else:
             embeddings, states = self._forward_packed(features["input_ids"], mask.bool(), pool_mask)
