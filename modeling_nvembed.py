@@ -646,7 +646,7 @@ class NVEmbedModel(PreTrainedModel):
         convert_to_numpy = convert_to_numpy or return_numpy
 
         device = self._batch_device()
-        budget = batch_tokens or (2048 if device.type == "cpu" else 16384)
+        budget = batch_tokens or default_batch_tokens(device)
         embeddings = torch.empty(len(prompts), truncate_dim or hidden, device="cpu" if convert_to_numpy else device)
         in_training, done = [module for module in self.modules() if module.training], 0
         self.eval()
@@ -832,6 +832,10 @@ def check_not_wrapped(model: nn.Module) -> None:
                 'SentenceTransformer(checkpoint, trust_remote_code=True).encode(texts, device=["cuda:0", "cuda:1"]), '
                 "or, for a corpus, nvembed's eval/embed_corpus.py with one task a GPU"
             )
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    return 2048 if device.type == "cpu" else 16384  # on a CPU, so that a batch fits its caches
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -1042,12 +1046,22 @@ class NVEmbedTransformer(nn.Module):
 
     def _forward_packed(self, input_ids: Tensor, mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
         """As on the padded rows, `[texts, tokens]`, without spending work on padding, whose states are zero."""
-        lengths, order = mask.sum(1).sort(descending=True)  # neighbours of one length share an attention call
-        places = mask[order].nonzero(as_tuple=True)
-        places = (order[places[0]], places[1])
-        output = self.auto_model(input_ids[places], pool_mask=pool_mask[places], lengths=lengths.tolist())
-        states, embeddings = output.last_hidden_state, output.sentence_embeddings
-        padded = states.new_zeros(*mask.shape, states.shape[-1]).index_put(places, states)
+        lengths = mask.sum(1).tolist()
+        budget = sum(lengths) if torch.is_grad_enabled() else default_batch_tokens(input_ids.device)
+        outputs, rows, columns = [], [], []
+        for texts in length_sorted_batches(lengths, budget, None):
+            texts = torch.tensor(texts, device=mask.device)
+            row, column = mask[texts].nonzero(as_tuple=True)
+            row = texts[row]
+            output = self.auto_model(
+                input_ids[row, column], pool_mask=pool_mask[row, column], lengths=mask[texts].sum(1).tolist()
+            )
+            outputs.append((texts, output.sentence_embeddings, output.last_hidden_state))
+            rows.append(row)
+            columns.append(column)
+        order, embeddings, states = map(torch.cat, zip(*outputs))
+        padded = states.new_zeros(*mask.shape, states.shape[-1])
+        padded = padded.index_put((torch.cat(rows), torch.cat(columns)), states)
         return torch.empty_like(embeddings).index_copy(0, order, embeddings), padded
 
     @classmethod
