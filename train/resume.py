@@ -49,7 +49,8 @@ REFUSED = {
 } | dict.fromkeys(
     (
         "use_peft", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules", "lora_target_parameters",
-        "lora_modules_to_save", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+        "lora_modules_to_save", "is_mask_instruction", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
     ),
     "the adapter in the checkpoint was trained with it",
 )  # fmt: skip

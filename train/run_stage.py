@@ -8,6 +8,7 @@ from transformers import set_seed
 from transformers.utils.logging import get_logger
 from trl import get_quantization_config
 
+from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.local import read_tasks
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
@@ -67,6 +68,9 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         dtype=model_args.dtype,
         quantization_config=get_quantization_config(model_args),
     )
+    if model_args.is_mask_instruction is not None:
+        check_instruction_mask(model_args, model.config, training_args)
+        model.config.is_mask_instruction = model_args.is_mask_instruction
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
     adapted = add_adapter(model, model_args)
     if resume is not None:
@@ -109,6 +113,16 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     trainer.save_merged(write_cards)
     for address in push(repositories, training_args):
         print(f"Pushed to {address}")
+
+
+def check_instruction_mask(model_args: ModelArguments, config: NVEmbedConfig, training_args: StageArguments) -> None:
+    """Raises a `ValueError` if an adapter is pushed whose base pools other tokens than the adapter is trained with."""
+    if training_args.push_adapter and model_args.is_mask_instruction != config.is_mask_instruction:
+        raise ValueError(
+            f"is_mask_instruction is {model_args.is_mask_instruction} and {config.is_mask_instruction} in "
+            f"{model_args.model_name_or_path}, by whose config an adapter is loaded: leave out push_adapter, or make "
+            "the base with init_checkpoint.py --is_mask_instruction false"
+        )
 
 
 def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import gguf
 import pytest
@@ -27,6 +29,7 @@ from nvembed.texts_nvembed import tokenize
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.init_checkpoint import init_model, main
 from nvembed.train.released import convert_released
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("num_layers", [None, 2])
@@ -238,7 +241,7 @@ def family(kind, folder, decoder_dir, **fields):
     shape = {name: shape[name] for name in (*names, "num_key_value_heads", "bos_token_id", "eos_token_id")}
     shape["vocab_size"] += 8  # Qwen's tokenizers add tokens of their own
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**shape, initializer_range=0.2, **fields)).eval()
+    model = AutoModelForCausalLM.from_config(kind(**(shape | {"initializer_range": 0.2} | fields))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -288,3 +291,26 @@ def test_layers_with_sliding_windows_are_announced(tmp_path, init_args, decoder_
     family(Qwen2Config, tmp_path / "none", decoder_dir, sliding_window=8, use_sliding_window=False)
     init_model(init_args(base=str(tmp_path / "none")))
     assert "window" not in caplog.text
+
+
+@pytest.mark.slow
+def test_both_stages_from_a_qwen3(tmp_path, init_args, decoder_dir, sentences, encode_without_nvembed):
+    """LoRA, gradient checkpointing and gradient caching by the scripts, to a checkpoint that needs no nvembed."""
+    family(Qwen3Config, tmp_path / "decoder", decoder_dir, head_dim=16)
+    write_checkpoint(init_model(init_args(base=str(tmp_path / "decoder"))), str(tmp_path / "base"))
+    rows = [{"query": s[:20], "positive": s, "instruction": "Complete"} for s in sentences]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for script, before, after in (("stage1.py", "base", "one"), ("stage2.py", "one", "two")):
+        command = [
+            sys.executable, ROOT / "train" / script, "--model_name_or_path", tmp_path / before, "--datasets",
+            tmp_path / "pairs.jsonl", "--output_dir", tmp_path / after, "--max_steps=3", "--warmup_steps=0",
+            "--use_cpu", "--num_negatives=1", "--per_device_train_batch_size=4", "--learning_rate=1e-2",
+            "--gradient_checkpointing", "--chunk_tokens=64",
+        ]  # fmt: skip
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+    ours = NVEmbedModel.from_pretrained(tmp_path / "two").encode(sentences, "Instruct: Complete\nQuery: ")
+    elsewhere, _ = encode_without_nvembed(tmp_path / "two", sentences, "Instruct: Complete\nQuery: ", 64)
+    torch.testing.assert_close(elsewhere, ours, atol=1e-5, rtol=0)
+    untrained = NVEmbedModel.from_pretrained(tmp_path / "base").encode(sentences, "Instruct: Complete\nQuery: ")
+    assert (ours - untrained).abs().max() > 0.05

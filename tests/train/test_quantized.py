@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen3Config
 from trl import get_quantization_config
 
 from nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments, Stage1Arguments
+from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.source import DatasetSource
+from nvembed.train.init_checkpoint import init_model
 from nvembed.train.trainer import EmbeddingTrainer
+from tests.train.test_init_checkpoint import family
 from tests.triplets import prepare
 
 
@@ -58,14 +62,18 @@ def test_trains_and_merges(wide_checkpoint, tmp_path, sentences, bits):
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def compute_in_fp32(model) -> None:
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # a kernel that computes in bf16
+
+
 @pytest.mark.parametrize(("bits", "bar"), [("load_in_4bit", 1e-4), ("load_in_8bit", 2e-2)])
 def test_merged_embeddings_are_those_of_the_adapter(wide_checkpoint, tmp_path, sentences, bits, bar):
     """8 bit rounds the activations, too."""
     trainer = make_trainer(wide_checkpoint, tmp_path, sentences, dtype="float32", **{bits: True})
     trainer.train()
-    for module in trainer.model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # a kernel that computes in bf16
+    compute_in_fp32(trainer.model)
     adapted = trainer.model.encode(sentences)
     trainer.save_merged()
     merged = NVEmbedModel.from_pretrained(tmp_path / "out").encode(sentences)
@@ -101,3 +109,20 @@ def test_merged_matrix_is_dequantized_plus_lora(wide_checkpoint, tmp_path, sente
 def test_quantized_weights_are_not_trained_themselves(wide_checkpoint, tmp_path, sentences):
     with pytest.raises(ValueError, match="quantized weights cannot be trained: drop load_in_4bit"):
         make_trainer(wide_checkpoint, tmp_path, sentences, dtype="bfloat16", load_in_4bit=True, use_peft=False)
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(Qwen2Config, {}), (Qwen3Config, {"head_dim": 16})])
+def test_other_families_train_in_4_bits_and_merge(kind, fields, tmp_path, decoder_dir, init_args, sentences):
+    """Qwen2's biases and Qwen3's norms of queries and keys stay as they are, beside a quantized matrix."""
+    family(kind, tmp_path / "base", decoder_dir, hidden_size=64, intermediate_size=128, **fields)
+    write_checkpoint(init_model(init_args(base=str(tmp_path / "base"))), str(tmp_path / "checkpoint"))
+    trainer = make_trainer(tmp_path / "checkpoint", tmp_path, sentences, dtype="float32", load_in_4bit=True)
+    trainer.train()
+    compute_in_fp32(trainer.model)
+    adapted = trainer.model.encode(sentences)
+    trainer.save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged.encode(sentences), adapted, atol=1e-4, rtol=0)
+    before = NVEmbedModel.from_pretrained(tmp_path / "checkpoint").state_dict()
+    kept = [name for name in before if "_norm" in name or name.endswith("_proj.bias")]
+    assert kept and all(torch.equal(merged.state_dict()[name], before[name]) for name in kept)
