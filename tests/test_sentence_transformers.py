@@ -360,5 +360,8 @@ def test_forward_refuses_what_it_does_not_have(model):
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(ids, inputs_embeds=embeddings)
+    for extra in ({}, {"lengths": [1, 3]}):
+        with pytest.raises(ValueError, match="pool_mask is for 3 tokens, and there are 4"):
+            model(ids[0] if extra else ids, pool_mask=torch.ones(3) if extra else torch.ones(1, 3), **extra)
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=embeddings).last_hidden_state, model(ids).last_hidden_state)

@@ -45,7 +45,7 @@ def run_tests(transformers: str, torch: str, sentence_transformers: str, checkpo
             return f"not installed: {done.stderr.strip().splitlines()[-1]}"
         next(Path(folder).glob("lib/python*/site-packages")).joinpath("nvembed").symlink_to(ROOT)
         tests = ["tests/test_golden.py", "tests/test_rope.py", "tests/test_sentence_transformers.py"]
-        tests += ["-k", "golden or rope"]
+        tests += ["tests/test_families.py", "-k", "golden or rope or families"]
         done = subprocess.run(
             [python, "-m", "pytest", "-p", "no:cacheprovider", *tests],
             cwd=ROOT,

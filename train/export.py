@@ -4,20 +4,22 @@
 
 For models with mean or end-token pooling. What is written opens in plain `SentenceTransformer(folder)` and in stock
 vLLM (`vllm serve folder --runner pooling`). Stock engines pool the instruction's tokens, too, so a model that was
-trained without them is refused unless `--pool_instructions` says otherwise: its embeddings are others than `encode`'s.
+trained without them is refused unless `--pool_instructions` says otherwise: its embeddings differ from `encode`'s.
 Train with `is_mask_instruction: false` to lose nothing. A latent attention cannot be written so; serve/vllm_plugin.py
-serves it.
+serves it. Bidirectional models need an engine on transformers 5.2 or newer, or one that reads `is_causal` itself: older
+versions of transformers attend causally, without a word.
 """
 
 import json
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoModel, HfArgumentParser, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.modeling_nvembed import NVEmbedModel, rope_settings
 from nvembed.texts_nvembed import save_tokenizer
 from nvembed.train.checkpoints import check_output_dir, staged
 from nvembed.train.released import append_eos
@@ -29,8 +31,8 @@ POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens
 MODE_OF = {"mean": "mean_tokens", "eos": "lasttoken"}
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
-    "rope_theta", "rope_scaling", "attention_dropout", "bos_token_id", "eos_token_id",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout",
+    "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
@@ -75,8 +77,10 @@ def family_config(config: NVEmbedConfig) -> PretrainedConfig:
     if kind is Qwen2Config and text.head_dim * text.num_attention_heads != text.hidden_size:
         raise ValueError(f"head_dim is {text.head_dim}, and a Qwen2's follows from its hidden size: {text.hidden_size}")
     told = {name: getattr(text, name) for name in FIELDS if getattr(text, name, None) is not None}
-    if "rope_parameters" in told:
-        told = {name: value for name, value in told.items() if name not in ("rope_theta", "rope_scaling")}
+    rope = rope_settings(text)
+    if rope["rope_type"] == "default":
+        rope = {name: rope[name] for name in ("rope_type", "rope_theta")}
+    told["rope_parameters"] = rope
     if kind is Qwen2Config:
         told.pop("head_dim", None)
     is_causal = config.mask_type == "c"
@@ -84,6 +88,15 @@ def family_config(config: NVEmbedConfig) -> PretrainedConfig:
         **told, is_causal=is_causal, use_bidirectional_attention=not is_causal, sliding_window=None,
         tie_word_embeddings=False, pad_token_id=None,
     )  # fmt: skip
+
+
+def write_rope_for_transformers_4(file: Path) -> None:
+    """Adds the two fields in which transformers 4 and older servers look for what 5 keeps in `rope_parameters`."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(content["rope_parameters"])
+    content["rope_theta"] = rope.pop("rope_theta")
+    content["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def export(model: NVEmbedModel, output_dir: str) -> None:
@@ -119,6 +132,7 @@ def export(model: NVEmbedModel, output_dir: str) -> None:
     }  # fmt: skip
     with staged(output_dir) as folder:
         decoder.save_pretrained(folder)
+        write_rope_for_transformers_4(folder / "config.json")
         save_tokenizer(tokenizer, str(folder))
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -135,6 +149,10 @@ def main(args: ExportArguments) -> None:
         logger.warning(
             f"{args.model} was trained without its instructions in the mean; in {args.output_dir} they are in it. "
             "Measure both before you serve it."
+        )
+    if config.mask_type == "b":
+        logger.warning(
+            f"{args.output_dir} says is_causal: false, which transformers reads from 5.2 on and ignores before."
         )
     export(NVEmbedModel.from_pretrained(args.model, dtype="auto"), args.output_dir)
 

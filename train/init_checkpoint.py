@@ -56,6 +56,7 @@ DIFFERENT = {
     "cohere": "attention and MLP side by side behind one LayerNorm, and interleaved rotation",
     "smollm3": "layers without rotary positions",
     "ministral3": "queries scaled by position",
+    "helium": "interleaved rotation",
 }
 OF_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 
@@ -187,8 +188,10 @@ def _difference_of_tensors(config) -> str:
     mistral.num_hidden_layers = getattr(config, "num_hidden_layers", 1)
     with torch.device("meta"):
         ours = set(AutoModel.from_config(mistral).state_dict())
-    unknown, missing = (sorted(names)[:3] for names in (theirs - ours, ours - theirs))
-    return f"it has {', '.join(unknown) or 'the same tensors'}; it lacks {', '.join(missing) or 'none'}"
+    if theirs == ours:
+        return "its tensors have Mistral's names, but what it computes with them was never compared"
+    parts = (("it has", theirs - ours), ("it lacks", ours - theirs))
+    return "; ".join(f"{verb} {', '.join(sorted(names)[:3])}" for verb, names in parts if names)
 
 
 def _load_decoder(model: NVEmbedModel, weights: dict[str, torch.Tensor], base: str) -> None:
@@ -264,6 +267,8 @@ def main(args: InitArguments) -> None:
         raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
     if args.fold_latent_attention and args.from_released is None:
         raise ValueError("--fold_latent_attention is for --from_released: an untrained checkpoint needs its latents")
+    if args.from_released is not None and not args.is_mask_instruction:
+        raise ValueError("--is_mask_instruction is for --base; a released NV-Embed masks its instructions")
     if args.tokenizer_adds_eos and args.from_released is None:
         raise ValueError("--tokenizer_adds_eos is for --from_released: what --base makes has such a tokenizer")
     if args.from_released is not None:

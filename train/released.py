@@ -18,7 +18,8 @@ from nvembed.texts_nvembed import load_tokenizer, save_tokenizer
 from nvembed.train.checkpoints import INDEX, check_output_dir, check_weights, staged, tensors_of, write_checkpoint
 
 
-DOCUMENTS = ("LICENSE*", "README.md")  # the released weights have a license of their own
+# The released weights have a license of their own; a checkpoint of ours, the record of what it was trained on.
+DOCUMENTS = ("LICENSE*", "README.md", "training_data.json")
 
 
 def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False) -> None:

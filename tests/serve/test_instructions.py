@@ -22,11 +22,12 @@ def tokenizer(request):
     return append_eos(load_tokenizer(str(request.getfixturevalue("golden_dir") / "checkpoint"), True))
 
 
-def config(**options):
-    return NVEmbedConfig(add_eos=False, prompts={"own": OWN, "short": "Represent", "none": ""}, **options)
+def config(prompts=(), **options):
+    known = {"own": OWN, "short": "Represent", "none": "", "e5": "query: ", "cjk": "检索与问题相关的段落："}
+    return NVEmbedConfig(add_eos=False, prompts=known | dict(prompts), **options)
 
 
-@pytest.mark.parametrize("instruction", [QUESTION, QUESTION.rstrip(" "), OWN, format_instruction("a\nQuery of b"), ""])
+@pytest.mark.parametrize("instruction", [QUESTION, QUESTION.rstrip(" "), OWN, "query: ", "检索与问题相关的段落：", ""])
 def test_lengths_are_those_of_tokenize(tokenizer, instruction):
     finder = InstructionFinder(tokenizer, config())
     texts = TEXTS if not instruction.endswith(":") else [text for text in TEXTS if not text.startswith(" ")]
@@ -37,10 +38,7 @@ def test_lengths_are_those_of_tokenize(tokenizer, instruction):
             except ValueError:  # nothing is left to pool
                 continue
             found = finder.length(row.input_ids)
-            if row.input_ids[-2:-1] and instruction and len(row.input_ids) == length and "Query" in instruction:
-                assert found in (row.instruction_length, 0), "cut within the instruction, it has no end"
-            else:
-                assert found == row.instruction_length, (text, instruction)
+            assert found == row.instruction_length, (text, instruction)
 
 
 def test_documents_are_not_masked(tokenizer):
@@ -61,7 +59,20 @@ def test_a_model_that_pools_its_instructions(tokenizer):
     assert finder.length(tokenizer(QUESTION + "a")["input_ids"]) == 0
 
 
+def test_an_instruction_with_several_queries_is_found_among_the_prompts(tokenizer):
+    """By its form alone it would end at the first "Query:"."""
+    few_shot = "Instruct: Find\nQuery: who?\nDocument: me.\nQuery: "
+    text = tokenizer(few_shot + "and now?")["input_ids"]
+    assert InstructionFinder(tokenizer, config({"few": few_shot})).length(text) == len(tokenizer.tokenize(few_shot))
+    assert InstructionFinder(tokenizer, config()).find(few_shot) == "Instruct: Find\nQuery: "
+
+
+def test_a_prompt_with_a_special_token_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a special token in a prompt"):
+        InstructionFinder(tokenizer, config({"odd": f"Represent {tokenizer.eos_token} this: "}))
+
+
 def test_a_tokenizer_that_cannot_be_decoded_is_refused(model):
     model.tokenizer.backend_tokenizer.decoder = decoders.Replace(" ", "_")
-    with pytest.raises(ValueError, match="no instruction can be told from them; has its tokenizer.json a decoder"):
+    with pytest.raises(ValueError, match="this instruction cannot be told from them"):
         InstructionFinder(model.tokenizer, config())

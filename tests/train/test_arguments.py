@@ -129,6 +129,24 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
                 assert training_args.per_device_train_batch_size == 128, "of one process"
 
 
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-4b", "qwen2.5-3b", "llama-3.2-3b", "stock-servers"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_recipes_of_other_bases_have_the_papers_settings(name, stage):
+    content, paper = (yaml.safe_load((RECIPES / f"{file}.yaml").read_text()) for file in (name, f"paper-{stage}"))
+    own = {
+        "output_dir",
+        "model_name_or_path",
+        "is_mask_instruction",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "temperature",
+    }
+    told = {key: value for key, value in content.items() if key not in ("stage1", "stage2")} | content[stage]
+    for key in told.keys() | paper.keys():
+        assert key in own or told.get(key) == paper.get(key), key
+
+
 @pytest.mark.parametrize("name, sets", [("paper-stage1", 3), ("paper-stage2", 4), ("paper-data", 4)])
 def test_sets_in_comments_can_be_uncommented(name, sets):
     text = (RECIPES / f"{name}.yaml").read_text()

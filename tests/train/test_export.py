@@ -63,6 +63,7 @@ def test_what_engines_read(tmp_path, init_args):
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert (config["is_causal"], config["use_bidirectional_attention"]) == (False, True)
     assert config.get("sliding_window") is None and config["max_position_embeddings"] == 2048
+    assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, None), "where transformers 4 looks"
     assert json.loads((tmp_path / "stock" / "sentence_bert_config.json").read_text())["max_seq_length"] == 2048
     pooling = json.loads((tmp_path / "stock" / "1_Pooling" / "config.json").read_text())
     assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens", "include_prompt"]
@@ -82,6 +83,7 @@ def test_what_stock_engines_cannot_do_is_refused(tmp_path, init_args, checkpoint
     with caplog.at_level(logging.WARNING):
         main(ExportArguments(str(tmp_path / "masked"), str(tmp_path / "stock"), pool_instructions=True))
     assert "trained without its instructions in the mean" in caplog.text
+    assert "transformers reads from 5.2 on" in caplog.text
     assert (tmp_path / "stock" / "config.json").is_file()
 
 
@@ -91,11 +93,17 @@ def test_trained_from_the_command_line_with_pooled_instructions(tmp_path, init_a
     write_checkpoint(init_model(init_args(pooling_type="mean")), str(tmp_path / "base"))
     rows = [{"query": s[:20], "positive": s, "instruction": "Complete"} for s in sentences]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable, ROOT / "train" / "stage1.py", "--model_name_or_path", tmp_path / "base", "--datasets",
-        tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out", "--max_steps=1", "--warmup_steps=0", "--use_cpu",
-        "--num_negatives=1", "--per_device_train_batch_size=4", "--is_mask_instruction=false",
-    ]  # fmt: skip
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["is_mask_instruction"] is False
-    main(ExportArguments(str(tmp_path / "out"), str(tmp_path / "stock")))
+    losses = []
+    for flag in ("true", "false"):
+        out = tmp_path / flag
+        command = [
+            sys.executable, ROOT / "train" / "stage1.py", "--model_name_or_path", tmp_path / "base", "--datasets",
+            tmp_path / "pairs.jsonl", "--output_dir", out, "--max_steps=1", "--warmup_steps=0", "--use_cpu",
+            "--num_negatives=1", "--per_device_train_batch_size=4", "--logging_steps=1", "--lora_dropout=0",
+            f"--is_mask_instruction={flag}",
+        ]  # fmt: skip
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
+        assert json.loads((out / "config.json").read_text())["is_mask_instruction"] is (flag == "true")
+    assert abs(losses[0] - losses[1]) > 1e-3, "other tokens were pooled"
+    main(ExportArguments(str(tmp_path / "false"), str(tmp_path / "stock")))

@@ -27,7 +27,7 @@ from transformers import (
 from nvembed import NVEmbedModel
 from nvembed.texts_nvembed import tokenize
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
-from nvembed.train.init_checkpoint import init_model, main
+from nvembed.train.init_checkpoint import InitArguments, init_model, main
 from nvembed.train.released import convert_released
 from tests.conftest import ROOT
 
@@ -314,3 +314,33 @@ def test_both_stages_from_a_qwen3(tmp_path, init_args, decoder_dir, sentences, e
     torch.testing.assert_close(elsewhere, ours, atol=1e-5, rtol=0)
     untrained = NVEmbedModel.from_pretrained(tmp_path / "base").encode(sentences, "Instruct: Complete\nQuery: ")
     assert (ours - untrained).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_a_released_tokenizer_that_appends_its_end(golden_dir, tmp_path, is_folded):
+    """Token for token what `encode` reads, but in cut texts, which keep their `</s>`."""
+    main(
+        InitArguments(
+            str(tmp_path / "out"), from_released=str(golden_dir / "checkpoint"), tokenizer_adds_eos=True,
+            fold_latent_attention=is_folded,
+        )
+    )  # fmt: skip
+    before, after = (NVEmbedModel.from_pretrained(path) for path in (golden_dir / "checkpoint", tmp_path / "out"))
+    assert (before.config.add_eos, after.config.add_eos) == (True, False)
+    instruction = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
+    texts = ["what is it?", "", " a space ", "with </s> inside", "two\nlines\n", "x" * 400, "é 漢字 🙂"]
+    for prefix in ("", instruction):
+        theirs, ours = (tokenize(m.tokenizer, m.config, texts, [prefix] * len(texts), 512) for m in (before, after))
+        assert ours == theirs
+        cut = tokenize(after.tokenizer, after.config, ["word " * 400], [prefix], 64)[0].input_ids
+        assert len(cut) == 64 and cut[-1] == after.tokenizer.eos_token_id
+    direct = after.tokenizer(instruction + "what is it?")["input_ids"]
+    assert direct == tokenize(before.tokenizer, before.config, texts[:1], [instruction], 512)[0].input_ids
+
+
+def test_options_of_a_base_are_refused_for_a_released_checkpoint(tmp_path, golden_dir):
+    released = str(golden_dir / "checkpoint")
+    with pytest.raises(ValueError, match="--is_mask_instruction is for --base"):
+        main(InitArguments(str(tmp_path / "out"), from_released=released, is_mask_instruction=False))
+    with pytest.raises(ValueError, match="--tokenizer_adds_eos is for --from_released"):
+        main(InitArguments(str(tmp_path / "out"), base="x", tokenizer_adds_eos=True))
