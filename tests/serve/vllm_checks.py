@@ -26,6 +26,7 @@ from nvembed.texts_nvembed import format_instruction, load_tokenizer
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 POSITIONS, PORT = 512, 8765
+CLS = '{"seq_pooling_type": "CLS"}'
 PARTS = '{"enable_chunked_processing": true, "max_embed_len": 4096}'
 OWN = "Represent this sentence:"
 SHAPE = {
@@ -201,12 +202,7 @@ def check_refusals(folder: Path, checks: Checks) -> None:
         ("chunked prefill", "released", "--enable-chunked-prefill: NV-Embed needs", ("--enable-chunked-prefill",)),
         ("prefix caching", "released", "--enable-prefix-caching: NV-Embed needs", ("--enable-prefix-caching",)),
         ("processing in parts", "released", "enable_chunked_processing", ("--pooler-config", PARTS)),
-        (
-            "another pooling",
-            "released",
-            "pools as its config.json says",
-            ("--pooler-config", '{"seq_pooling_type": "CLS"}'),
-        ),
+        ("another pooling", "released", "pools as its config.json says", ("--pooler-config", CLS)),
         ("3 parts of 2 heads", "released", "divisible by", ("--tensor-parallel-size", "3")),
     ):
         log = folder / "refused.log"
