@@ -50,7 +50,8 @@ class LocalExecutor(LocalPipelineExecutor):
 
 @dataclass
 class ExecutorArguments:
-    """Where the steps over shards run. The results are the same for any number of tasks."""
+    """Where the steps over shards run. The results are the same for any number of tasks, but for the last digits of
+    embeddings, which differ with the threads that a task on a CPU has."""
 
     executor: Literal["local", "slurm", "ray"] = field(default="local", metadata={"help": "What runs the tasks."})
     tasks: int = field(default=1, metadata={"help": "Parts that a step's shards are divided into."})

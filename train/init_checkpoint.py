@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,7 +32,7 @@ from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import write_base_card
 from nvembed.train.certificate import untrained, write_certificate
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
-from nvembed.train.released import convert_released, fold_released
+from nvembed.train.released import between, convert_released, fold_released
 
 
 logger = logging.getLogger(__name__)
@@ -224,11 +223,7 @@ def _embedding_tokenizer(tokenizer, config, from_gguf: bool) -> PreTrainedTokeni
     backend, pad = tokenizer.backend_tokenizer, tokenizer.pad_token
     if pad is not None and tokenizer.pad_token_id >= config.vocab_size:
         backend, pad = _without_token(backend, pad), None
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A {eos}",
-        pair=f"{bos} $A {eos} {bos} $B {eos}",
-        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys((bos, eos))],
-    )
+    backend.post_processor = between(bos, eos, tokenizer.convert_tokens_to_ids)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,12 +44,18 @@ def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False
 def append_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer, which now writes `<s>` text `</s>` by itself, also around texts that it cuts."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    tokenizer.backend_tokenizer.post_processor = between(bos or eos, eos, tokenizer.convert_tokens_to_ids)
+    return tokenizer
+
+
+def between(bos: str, eos: str, id_of: Callable[[str], int]) -> TemplateProcessing:
+    """A tokenizer's last step: each text between its two ends. Every text must have both: the instruction's length
+    counts the first, and engines that cut a text keep the last."""
+    return TemplateProcessing(
         single=f"{bos} $A {eos}",
         pair=f"{bos} $A {eos} {bos} $B {eos}",
-        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+        special_tokens=[(token, id_of(token)) for token in dict.fromkeys((bos, eos))],
     )
-    return tokenizer
 
 
 def convert_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False) -> None:
