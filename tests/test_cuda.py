@@ -84,7 +84,7 @@ def test_golden_cases(golden_dir, name, is_folded):
 
 
 def test_encode_halves_its_batches_when_the_gpu_is_full(model, sentences, caplog):
-    """Memory for 4 sequences' worth of the middle layers is left, and encode is asked for all at once."""
+    """Half of the memory that all texts at once take is allowed, and they are asked for at once."""
     texts = [" ".join(sentences * 4)] * 2048
     model = model.cuda()
     expected = model.encode(texts[:4])

@@ -201,7 +201,7 @@ def check_refusals(folder: Path, checks: Checks) -> None:
         ("a tokenizer without </s>", "adds-eos", "--tokenizer_adds_eos", ()),
         ("chunked prefill", "released", "--enable-chunked-prefill: NV-Embed needs", ("--enable-chunked-prefill",)),
         ("prefix caching", "released", "--enable-prefix-caching: NV-Embed needs", ("--enable-prefix-caching",)),
-        ("processing in parts", "released", "enable_chunked_processing", ("--pooler-config", PARTS)),
+        ("processing in parts", "released", "in --pooler-config: NV-Embed needs", ("--pooler-config", PARTS)),
         ("another pooling", "released", "pools as its config.json says", ("--pooler-config", CLS)),
         ("3 parts of 2 heads", "released", "divisible by", ("--tensor-parallel-size", "3")),
     ):
