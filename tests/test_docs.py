@@ -89,7 +89,7 @@ def clone(tmp_path_factory, checkpoint, sentences) -> Path:
     ]
     (folder / "pairs" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     documents = [{"_id": str(i), "text": row["positive"]} for i, row in enumerate(rows)]
-    (folder / "pairs" / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "my-data.yaml").write_text(
         next(text for text in blocks(ROOT / "docs" / "data.md", "yaml") if "teacher" in text)
     )

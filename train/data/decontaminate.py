@@ -327,7 +327,7 @@ def run(args: argparse.Namespace) -> None:
         for _ in clean():
             pass
         for row in report[:EXAMPLES]:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False), file=sys.stderr)
     else:
         write_jsonl(Path(args.output), clean())
         write_json(Path(args.output).with_suffix(".report.json"), {"counts": counts, "dropped": report})

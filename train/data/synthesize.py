@@ -328,7 +328,8 @@ def main() -> None:
     made, set_aside = (report["counts"].get(name, 0) for name in ("triplets", "set aside"))
     print(
         f"{made:,} triplets in {Path(args.output_dir, 'train.jsonl')}; {set_aside:,} set aside in rejected.jsonl, "
-        "asked again with higher --attempts"
+        "asked again with higher --attempts",
+        file=sys.stderr,
     )
 
 
