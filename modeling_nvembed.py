@@ -1052,12 +1052,10 @@ class NVEmbedTransformer(nn.Module):
         budget = sum(lengths) if torch.is_grad_enabled() else default_batch_tokens(input_ids.device)
         outputs, rows, columns = [], [], []
         for texts in length_sorted_batches(lengths, budget, None):
-            texts = torch.tensor(texts, device=mask.device)
+            batch_lengths, texts = [lengths[i] for i in texts], torch.tensor(texts, device=mask.device)
             row, column = mask[texts].nonzero(as_tuple=True)
             row = texts[row]
-            output = self.auto_model(
-                input_ids[row, column], pool_mask=pool_mask[row, column], lengths=mask[texts].sum(1).tolist()
-            )
+            output = self.auto_model(input_ids[row, column], pool_mask=pool_mask[row, column], lengths=batch_lengths)
             outputs.append((texts, output.sentence_embeddings, output.last_hidden_state))
             rows.append(row)
             columns.append(column)

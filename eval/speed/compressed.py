@@ -109,9 +109,9 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(count(parameter.data) for parameter in module.parameters())
 
 
-def make_ways(decoder: nn.Module, names: list[str], compiled: list[str]) -> Iterator[tuple[str, nn.Module | str]]:
-    """Yields each way's name with its decoder, or with the error that it met."""
-    for name in (*names, *(f"{name} compiled" for name in compiled)):
+def make_ways(decoder: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module | str]]:
+    """Yields each way's name ("dense", "dense compiled", ...) with its decoder, or with the error that it met."""
+    for name in names:
         try:
             variant = deepcopy(decoder) if name != "dense" else decoder
             WAYS[name.removesuffix(" compiled")](variant)
@@ -136,7 +136,8 @@ def measure(model: NVEmbedModel, texts: list[str], args: argparse.Namespace) -> 
     quartiles = "/".join(f"{q:.0f}" for q in statistics.quantiles(lengths, n=4))
     print(f"{len(texts)} texts of {quartiles} tokens (quartiles)")
     variants, failed = {}, {}
-    for name, variant in make_ways(model.embedding_model, args.ways, args.compiled):
+    names = [*args.ways, *(f"{name} compiled" for name in args.compiled)]
+    for name, variant in make_ways(model.embedding_model, names):
         (failed if isinstance(variant, str) else variants)[name] = variant
     gc.collect()
     rest = stored_bytes(model.latent_attention_model)
@@ -162,7 +163,7 @@ def measure(model: NVEmbedModel, texts: list[str], args: argparse.Namespace) -> 
                 if model.device.type == "cuda":
                     activations[name] = max(activations[name], peak_memory(model.device) - all_sizes / 1e9)
     model.embedding_model = variants["dense"]
-    for name in (*args.ways, *(f"{name} compiled" for name in args.compiled)):
+    for name in names:
         if name in failed:
             yield f"| {name} | {failed[name]} | | | | | |"
             continue
