@@ -22,6 +22,8 @@ class LatentAttentionConfig(PretrainedConfig):
         hidden_dim: width of the token states, the decoder's hidden size.
         latent_dim: width of a latent.
         cross_dim_head: width of one attention head; the released checkpoints use the full hidden size per head.
+        projection_dim: width of the embeddings if another than the decoder's, by a linear map behind the pooling's
+            other layers: the space of another model, which `train/distill.py` trains a student into. None: no map.
     """
 
     model_type = "latent_attention"
@@ -34,6 +36,7 @@ class LatentAttentionConfig(PretrainedConfig):
         hidden_dim: int = 4096,
         latent_dim: int = 4096,
         cross_dim_head: int = 4096,
+        projection_dim: int | None = None,
         **kwargs,
     ):
         self.num_latents_value = num_latents_value
@@ -42,6 +45,7 @@ class LatentAttentionConfig(PretrainedConfig):
         self.hidden_dim = hidden_dim
         self.latent_dim = latent_dim
         self.cross_dim_head = cross_dim_head
+        self.projection_dim = projection_dim
         super().__init__(**kwargs)
 
 
@@ -82,6 +86,8 @@ class NVEmbedConfig(PretrainedConfig):
         prompts: instructions by the name of their task, for `SentenceTransformer.encode(..., prompt_name=...)`.
         default_prompt_name: of those, the one that sentence-transformers takes where none is asked for; None: none.
         similarity_fn_name: that sentence-transformers compares by: cosine, dot, euclidean or manhattan.
+        pruning: what `train/compress/prune.py` made of the decoder: `method`, `pattern` ("unstructured", or "N:M", N
+            of M neighbours being kept) and `sparsity`; zeros stay zero in training. None: not pruned.
         max_seq_length: tokens of a text under sentence-transformers; None: the decoder's `max_position_embeddings`,
             which is the most in any case, and which the top of config.json repeats: text-embeddings-inference reads
             both there.
@@ -108,6 +114,7 @@ class NVEmbedConfig(PretrainedConfig):
         default_prompt_name: str | None = None,
         similarity_fn_name: str = "cosine",
         max_seq_length: int | None = None,
+        pruning: dict | None = None,
         **kwargs,
     ):
         for field, value, known in (
@@ -119,7 +126,8 @@ class NVEmbedConfig(PretrainedConfig):
                 raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(repr, known))}")
         self.text_config = _as_config(text_config, BidirectionalMistralConfig)
         self.latent_attention_config = _as_config(latent_attention_config, LatentAttentionConfig)
-        self.hidden_size = kwargs.pop("hidden_size", self.text_config.hidden_size)
+        kwargs.pop("hidden_size", None)  # the width of the embeddings, which follows from the parts
+        self.hidden_size = self.latent_attention_config.projection_dim or self.text_config.hidden_size
         self.pooling_type = pooling_type
         self.mask_type = mask_type
         self.padding_side = padding_side
@@ -132,6 +140,7 @@ class NVEmbedConfig(PretrainedConfig):
         self.prompts = prompts or {}
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name = similarity_fn_name
+        self.pruning = pruning
         self.max_position_embeddings = self.text_config.max_position_embeddings
         kwargs.pop("max_position_embeddings", None)  # the decoder's counts
         self.max_seq_length = max_seq_length or self.max_position_embeddings

@@ -249,37 +249,56 @@ class BidirectionalMistralModel(nn.Module):
         input_ids: Tensor | None,
         layout: PaddedLayout | PackedLayout | None = None,
         inputs_embeds: Tensor | None = None,
+        collected: list[Tensor] | None = None,
     ) -> Tensor:
         """Maps token ids, `[batch, tokens]` or `[tokens]` depending on `layout`, to states `[..., hidden]`.
 
-        Without `layout`, each row is one text without padding. `inputs_embeds`, `[..., hidden]`, replaces ids.
+        Without `layout`, each row is one text without padding. `inputs_embeds`, `[..., hidden]`, replaces ids. The
+        inputs of every layer are appended to `collected`, a list.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = layout or PaddedLayout(x.shape[-2])
-        frequencies, scaling = inverse_frequencies(self.config, x.device)
-        angles = torch.outer(layout.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
-        cos, sin = ((scaling * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin))
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # [tokens, 1, head_dim]
+        cos, sin = self.rotations(x, layout)
         for layer in self.layers:
+            if collected is not None:
+                collected.append(x)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, layout, self.mask_type == "c", use_reentrant=False)
             else:
                 x = layer(x, cos, sin, layout, self.mask_type == "c")
         return self.norm(x)
 
+    def rotations(self, x: Tensor, layout: PaddedLayout | PackedLayout) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens' angles in `x`'s dtype, `[tokens, 1, head_dim]`; see `rotate`."""
+        frequencies, scaling = inverse_frequencies(self.config, x.device)
+        angles = torch.outer(layout.positions(x.device).float(), frequencies).unsqueeze(-2)  # the same for every head
+        cos, sin = ((scaling * f(angles)).to(x.dtype) for f in (torch.cos, torch.sin))
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
 
 # --- Pooling: token states -> token states -> one vector a text ------------------------------------------------------
 
 
 class MeanPooling(nn.Module):
-    """The mean of the token states; base class of the other poolings, which override one of its two steps."""
+    """The mean of the token states; base class of the other poolings, which override `mix` or `reduce`."""
 
     def __init__(self, config: LatentAttentionConfig):
         super().__init__()
         self.output_normalize = config.output_normalize
+        self.projection = nn.Identity()
+        if config.projection_dim is not None:
+            self.projection = nn.Linear(config.hidden_dim, config.projection_dim, bias=False)
 
     def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
-        """Maps states, `[batch, tokens, hidden]` or `[tokens, hidden]` depending on `layout`, to the same shape."""
+        """Maps states, `[batch, tokens, hidden]` or `[tokens, hidden]` depending on `layout`, to the embedding's width.
+
+        The projection comes before the mean, which it commutes with, so that what pools elsewhere (vLLM) needs no step
+        more.
+        """
+        return self.projection(self.mix(states, layout))
+
+    def mix(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+        """Token states to token states of the same shape."""
         return states
 
     def pool(self, states: Tensor, pool_mask: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
@@ -360,7 +379,7 @@ class LatentAttention(MeanPooling):
         )
         self.latents = nn.Parameter(torch.empty(config.num_latents_value, config.latent_dim))
 
-    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+    def mix(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         attend, feed = self.cross_attend_blocks
         context = attend.norm_context(self.latents).unsqueeze(0)
         # All tokens of all texts attend to the same latents: as one long row, their keys are computed once.
@@ -397,7 +416,7 @@ class FoldedLatentAttention(MeanPooling):
         self.to_out = nn.Linear(scores, dim, bias=False)
         self.feed = PreNorm(dim, FeedForward(dim))
 
-    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+    def mix(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         if self.training:
             raise RuntimeError("the latent attention is folded, which is for evaluation: train the unfolded checkpoint")
         scores = self.to_scores(self.norm(states.float())).unflatten(-1, (self.heads, -1))
@@ -429,6 +448,7 @@ class FoldedLatentAttention(MeanPooling):
         folded.to_scores.bias.copy_(torch.cat(bias))
         folded.to_out.weight.copy_(torch.cat(to_out, dim=1))
         folded.feed.load_state_dict(feed.state_dict())
+        folded.projection.load_state_dict(block.projection.state_dict())
         return folded
 
 
@@ -440,7 +460,7 @@ class SelfAttention(MeanPooling):
         dim = config.hidden_dim
         self.self_attend_blocks = nn.ModuleList([PreNorm(dim, Attention(config, dim)), PreNorm(dim, FeedForward(dim))])
 
-    def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
+    def mix(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         attend, feed = self.self_attend_blocks
         normed = attend.norm(states)
         states = states + attend.fn(normed, normed, layout)
@@ -465,10 +485,13 @@ class NVEmbedModelOutput(ModelOutput):
         sentence_embeddings: fp32 `[batch, hidden]`; without a pool mask the token states, as in the released code.
         last_hidden_state: token states after the latent attention, `[batch, tokens, hidden]`, or `[tokens, hidden]`
             for packed texts.
+        hidden_states: if asked for, the token embeddings, the decoder's states after each layer, and, in place of the
+            last of these, the states behind its final norm; of the shape of `last_hidden_state`.
     """
 
     sentence_embeddings: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class NVEmbedModel(PreTrainedModel):
@@ -520,6 +543,7 @@ class NVEmbedModel(PreTrainedModel):
         lengths: list[int] | None = None,
         return_dict: bool | None = True,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **unused,
     ) -> NVEmbedModelOutput | tuple[Tensor]:
         """Maps token ids to embeddings, or to token states.
@@ -531,8 +555,9 @@ class NVEmbedModel(PreTrainedModel):
             pool_mask: 1 for tokens that count in the pooling, of the shape of `input_ids`; None: no pooling. If it is
                 shorter than `inputs_embeds`, these begin with virtual tokens (PEFT's prompt tuning), which never count.
             lengths: number of tokens of each packed text; see `pack`.
-            return_dict: False: return a tuple of one tensor.
+            return_dict: False: return a tuple of one tensor; `output_hidden_states` has no effect then.
             inputs_embeds: token embeddings `[..., hidden]` instead of `input_ids`.
+            output_hidden_states: whether to return the states of every layer, too.
             unused: what PEFT's wrappers pass to every model; must be None or False.
 
         Raises:
@@ -547,16 +572,19 @@ class NVEmbedModel(PreTrainedModel):
                 raise TypeError(f"forward() has no argument {name!r}")
         tokens = input_ids.shape[-1] if inputs_embeds is None else inputs_embeds.shape[-2]
         layout = PaddedLayout(tokens, attention_mask) if lengths is None else PackedLayout(lengths)
-        states = self.latent_attention_model(self.embedding_model(input_ids, layout, inputs_embeds), layout)
+        collected = [] if output_hidden_states else None
+        decoded = self.embedding_model(input_ids, layout, inputs_embeds, collected)
+        hidden_states = None if collected is None else (*collected, decoded)
+        states = self.latent_attention_model(decoded, layout)
         return_dict = return_dict is None or return_dict
         if pool_mask is None:
-            return NVEmbedModelOutput(states, states) if return_dict else (states,)
+            return NVEmbedModelOutput(states, states, hidden_states) if return_dict else (states,)
         if inputs_embeds is not None and lengths is None and pool_mask.shape[-1] < tokens:
             pool_mask = F.pad(pool_mask, (tokens - pool_mask.shape[-1], 0))  # for PEFT's virtual tokens
         if pool_mask.shape[-1] != tokens:
             raise ValueError(f"pool_mask is for {pool_mask.shape[-1]} tokens, and there are {tokens}")
         embeddings = self.latent_attention_model.pool(states, pool_mask, layout)
-        return NVEmbedModelOutput(embeddings, states) if return_dict else (embeddings,)
+        return NVEmbedModelOutput(embeddings, states, hidden_states) if return_dict else (embeddings,)
 
     def fold_latent_attention(self) -> "NVEmbedModel":
         """Replaces the latent attention by its folded form, in place; see `FoldedLatentAttention`.
@@ -928,8 +956,14 @@ def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
     """Adds an adapter to its base through transformers' peft integration, including modules trained in full.
 
     Raises:
-        ValueError: the adapter has no weights file, or tensors are missing or unknown for this base.
+        ValueError: the adapter has no weights file, tensors are missing or unknown for this base, or the base is
+            pruned.
     """
+    if (model.config.pruning or {}).get("pattern") is not None:
+        raise ValueError(
+            f"{adapter} is an adapter of a pruned base, trained to leave its zeros alone, and loading it would fill "
+            "them: load the merged checkpoint that the training wrote"
+        )
     weights_file = cached_file(
         adapter, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **hub_options
     )

@@ -16,6 +16,7 @@ from trl import get_peft_config
 from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files
 from nvembed.texts_nvembed import save_tokenizer
 from nvembed.train.arguments import ModelArguments
+from nvembed.train.keep_zeros import keep_zeros_in_lora
 
 
 POOLING = "latent_attention_model"
@@ -40,6 +41,12 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
             "checkpoint (the folder that training wrote around it), or merge it first: "
             "PeftModel.from_pretrained(base, adapter).merge_and_unload()"
         )
+    is_pruned = (model.config.pruning or {}).get("pattern") is not None
+    if is_pruned and is_quantized(model):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is pruned, and load_in_4bit or load_in_8bit would round its zeros, which "
+            "would not stay: train without, and quantize afterwards (train/compress/quantize.py)"
+        )
     config = get_peft_config(model_args)
     if config is None and is_quantized(model):
         raise ValueError(
@@ -48,6 +55,8 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
     if config is None:
         return model.float()  # as below: full fine-tuning in bf16 would lose small updates
     resolve_modules(model, config)
+    if is_pruned:
+        keep_zeros_in_lora(config)
     model.latent_attention_model.float()  # bf16 weights would lose updates of the size of the paper's learning rate
     adapted = get_peft_model(model, config)
     for module in adapted.modules():

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,18 +17,19 @@ from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource, resolve_entry
 
 
-STAGES = ("stage1", "stage2")
+# Steps that a recipe may hold the settings of, each under its own key.
+STAGES = ("stage1", "stage2", "prune", "distill", "quantize", "ladder")
 
 
 class RecipeParser(TrlParser):
     """`TrlParser` for recipes: YAML files, by path or, for those that come with nvembed, by name.
 
-    A recipe may hold both stages: keys under `stage1:` or `stage2:` override those at the top level. Which of them is
-    read follows from the `StageArguments` among the dataclasses. Relative paths of data start at the recipe's folder.
+    A recipe may hold several steps: keys under `stage1:` or `prune:` override those at the top level. Which of them is
+    read follows from the dataclass that has a `stage`. Relative paths of data start at the recipe's folder.
     """
 
     def __init__(self, *dataclass_types: type):
-        self.stage = next(group.stage for group in dataclass_types if issubclass(group, StageArguments))
+        self.stage = next(group.stage for group in dataclass_types if hasattr(group, "stage"))
         super().__init__(dataclass_types)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
@@ -51,7 +52,7 @@ class RecipeParser(TrlParser):
             if not isinstance(part, dict):
                 raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
         if parts and self.stage not in parts:
-            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run train/{next(iter(parts))}.py")
+            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run the script of one of these")
         config |= parts.get(self.stage, {})
         if isinstance(config.get("datasets"), (list, dict, str)):
             entries = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]
@@ -79,6 +80,8 @@ def find_recipe(name: str) -> Path:
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.endswith("-tasks")))
     raise ValueError(f"--config {name} is neither a file nor the name of a recipe; the recipes are {known}")
 
+
+KD_LOSSES = ("states", "scores", "embeddings")
 
 # Options of `TrainingArguments` that cannot apply to the contrastive loss and the blended data, with the values that do
 # nothing; other values are refused.
@@ -123,8 +126,8 @@ class ModelArguments(ModelConfig):
 
 
 @dataclass
-class DataArguments:
-    """The triplets to train on and the held-out tasks to watch."""
+class TripletArguments:
+    """The triplets that a step reads."""
 
     datasets: list[DatasetSource] = field(
         default_factory=list,
@@ -140,6 +143,36 @@ class DataArguments:
     instruction: str | None = field(default=None, metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
+
+    def __post_init__(self):
+        if isinstance(self.datasets, (DatasetSource, dict, str)):
+            self.datasets = [self.datasets]
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
+        for entry in self.datasets:
+            if isinstance(entry, dict) and "decontaminate" in entry:
+                raise ValueError(
+                    f"datasets: {entry}: decontaminate is for train/build_data.py; trainings take what it made"
+                )
+        self.datasets = [as_source(entry, self.data_dir) for entry in self.datasets]
+        for source in self.datasets:
+            check_kind(source)
+        check_characters(self.instruction or "", "instruction")
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length!r}; it must be a number of tokens, 1 or more")
+        if not isinstance(self.num_negatives, int) or self.num_negatives < 0:
+            raise ValueError(f"num_negatives is {self.num_negatives!r}; it must be 0 or more")
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The sets' shares; None: by their number of triplets."""
+        return None if self.datasets[0].weight is None else [source.weight for source in self.datasets]
+
+
+@dataclass
+class DataArguments(TripletArguments):
+    """The triplets to train on and the held-out tasks to watch."""
+
     chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -156,27 +189,11 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.datasets, (DatasetSource, dict, str)):
-            self.datasets = [self.datasets]
-        if not isinstance(self.datasets, list):
-            raise ValueError(f"datasets is {self.datasets!r}, not a list; write it as `datasets: [path: ...]`")
-        for entry in self.datasets:
-            if isinstance(entry, dict) and "decontaminate" in entry:
-                raise ValueError(
-                    f"datasets: {entry}: decontaminate is for train/build_data.py; trainings take what it made"
-                )
-        self.datasets = [as_source(entry, self.data_dir) for entry in self.datasets]
-        for source in self.datasets:
-            check_kind(source)
-        check_characters(self.instruction or "", "instruction")
+        super().__post_init__()
         if self.eval_names is not None and self.eval_tasks is None:
             raise ValueError(f"eval_names is {self.eval_names} but there is no eval_tasks to take them from")
-        if not isinstance(self.max_length, int) or self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length!r}; it must be a number of tokens, 1 or more")
         if self.chunk_tokens is not None and (not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
             raise ValueError(f"chunk_tokens is {self.chunk_tokens!r}; it must be 1 or more, or left out")
-        if not isinstance(self.num_negatives, int) or self.num_negatives < 0:
-            raise ValueError(f"num_negatives is {self.num_negatives!r}; it must be 0 or more")
 
 
 @dataclass
@@ -195,6 +212,16 @@ class StageArguments(TrainingArguments):
             "help": "Leave out in-batch candidates that the model, and hard negatives that the data's teacher, scores "
             "at least the positive's score plus this (0.1 in Qwen3-Embedding). None: off, as in the paper."
         },
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Train the embeddings' first dimensions to be embeddings, too: 64 128 256. None: whole ones alone, "
+            "as in the paper."
+        },
+    )
+    matryoshka_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each of matryoshka_dims, that of the whole being 1. None: 1 each."}
     )
     weight_decay: float = field(default=0.03, metadata={"help": "AdamW's weight decay."})
     warmup_steps: float = field(default=50, metadata={"help": "Linear warm-up: steps, or below 1 a share of them."})
@@ -225,6 +252,7 @@ class StageArguments(TrainingArguments):
             raise ValueError(
                 f"false_negative_margin is {self.false_negative_margin}; it must be 0 or more, or left out"
             )
+        self._check_matryoshka()
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
@@ -252,6 +280,23 @@ class StageArguments(TrainingArguments):
                     f"{max(1, round(self.batch_size / shares)) * shares} would do"
                 )
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError(f"matryoshka_weights is {weights} and there are no matryoshka_dims to weigh")
+            return
+        if not dims or min(dims) < 1 or len({*dims}) < len(dims):
+            raise ValueError(f"matryoshka_dims is {dims}; it must hold different numbers of dimensions, 1 or more")
+        if weights is not None and (len(weights) != len(dims) or not min(weights) > 0):
+            raise ValueError(f"matryoshka_weights is {weights} for matryoshka_dims {dims}; each needs one above 0")
+
+    @property
+    def matryoshka(self) -> dict[int, float]:
+        """The weights of the embeddings' prefixes in the loss, by their number of dimensions."""
+        dims = self.matryoshka_dims or []
+        return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
 
     @property
     def batch_rows(self) -> int:
@@ -338,3 +383,70 @@ class Stage2Arguments(StageArguments):
         default=False, metadata={"help": "Off: two texts of one class in a batch are not negatives of each other."}
     )
     learning_rate: float = field(default=1.5e-5, metadata={"help": "Peak learning rate (Appendix, unverified)."})
+
+
+@dataclass
+class DistillArguments(Stage2Arguments):
+    """Retraining by a teacher: the contrastive loss + alpha * what the student lacks (paper, Appendix A)."""
+
+    stage: ClassVar[str] = "distill"
+    teacher: str | None = field(
+        default=None, metadata={"help": "Checkpoint, or for scores and embeddings any model that run_mteb.py measures."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a teacher's."})
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the distillation's loss."})
+    contrastive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the contrastive loss; 0: learn from the teacher alone."}
+    )
+    kd_losses: list[str] = field(
+        default_factory=lambda: ["states"],
+        metadata={
+            "help": "What is compared: states (of every layer; the paper's; the teacher must be of the student's width "
+            "and tokenizer), scores (of a row's candidates), embeddings (of every text)."
+        },
+    )
+    states_error: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={
+            "help": "Squared error of a token's states: relative to the teacher's squared length, which grows by "
+            "orders of magnitude from layer to layer and at the first token, or absolute, as in the paper."
+        },
+    )
+    layer_map: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's layer, from 0, for each of the student's but the last. None: those that prune.py "
+            "kept, or evenly spaced ones."
+        },
+    )
+    teacher_temperature: float | None = field(
+        default=None, metadata={"help": "Divisor of the teacher's cosines in scores; None: temperature."}
+    )
+    embedding_distance: Literal["cosine", "mse"] = field(
+        default="cosine", metadata={"help": "Of embeddings: 1 - cosine, or the mean squared error of a dimension."}
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the teacher's embeddings of all texts, made once. None: embedded as they come."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is None:
+            raise ValueError("teacher is missing; name the checkpoint to learn from")
+        if not self.kd_losses or set(self.kd_losses) - set(KD_LOSSES):
+            raise ValueError(f"kd_losses is {self.kd_losses}; it must hold some of {', '.join(KD_LOSSES)}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; it must be above 0, or train with stage2.py, without a teacher")
+        if not 0 <= self.contrastive_weight < math.inf:
+            raise ValueError(f"contrastive_weight is {self.contrastive_weight}; it must be 0 or more")
+        if self.teacher_temperature is not None and not self.teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be > 0")
+        if "states" in self.kd_losses and self.teacher_cache is not None:
+            raise ValueError(
+                "teacher_cache keeps a teacher's embeddings, and kd_losses has states, for which the teacher runs "
+                "anyway: leave one out"
+            )
+        for name, loss in (("layer_map", "states"), ("teacher_temperature", "scores")):
+            if getattr(self, name) is not None and loss not in self.kd_losses:
+                raise ValueError(f"{name} is {getattr(self, name)} and kd_losses has no {loss} for it to apply to")

@@ -38,10 +38,11 @@ NO_CARD = (OSError, ValueError, YAMLError, HfHubHTTPError, OfflineModeIsEnabled)
 
 SETTINGS = (
     "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives",
-    "false_negative_margin", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed",
-    "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing", "gradient_accumulation_steps",
-    "processes",
+    "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "teacher", "alpha", "contrastive_weight",
+    "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed", "bf16", "dtype", "load_in_4bit",
+    "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
+    "gradient_checkpointing", "gradient_accumulation_steps", "processes",
 )  # fmt: skip
 
 
@@ -175,6 +176,28 @@ def write_base_card(folder: Path, base: str) -> None:
     text = f"# Untrained NV-Embed checkpoint\n\nMade from `{Path(base).name if Path(base).exists() else base}` by "
     text += "`train/init_checkpoint.py` of nvembed. Its embeddings are the mean of the decoder's states; train it.\n"
     save_card(folder, data, text)
+
+
+def continue_card(base: str, folder: Path, name: str, heading: str, text: str) -> None:
+    """Writes the base's card with one more step of its training section, and with the new checkpoint's name.
+
+    Args:
+        base: local folder or Hub name of the checkpoint that the step began with.
+        name: Hub name or local folder of the new one.
+    """
+    try:
+        card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
+    except NO_CARD as error:
+        logger.info(f"no card of {base} to continue: {error}")
+        card = ModelCard(f"---\ntags:\n- nvembed\n---\n\n# {name.split('/')[-1]}\n")
+    before, _, _ = card.text.partition(TRAINING)
+    _, earlier = earlier_training(base, folder)
+    old, new = base.split("/")[-1], name.split("/")[-1]
+    before = before.replace(f'("{base}"', f'("{name}"').replace(f"# {old}\n", f"# {new}\n", 1)
+    # Its scores are those of the weights before this step.
+    before = before.replace("\n## Evaluation\n", "\n## Evaluation before the last step below\n")
+    card.data.eval_results = None
+    save_card(folder, card.data, f"{before.strip()}\n{TRAINING}{earlier}\n### {heading}\n\n{text}\n")
 
 
 def save_card(folder: Path, data: ModelCardData, text: str) -> None:

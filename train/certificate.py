@@ -45,6 +45,18 @@ def certify(
     return known | {"stages": [*known["stages"], {"stage": stage, "sets": sets}]}
 
 
+def with_teacher(certificate: dict, teacher: str, revision: str | None) -> dict:
+    """A distilled student's certificate: what its teacher was trained on has been seen, too, at second hand."""
+    known = read_training_data(teacher, revision) or {"complete": False, "base": base_name(teacher), "stages": []}
+    *before, last = certificate["stages"]
+    taught = [stage | {"stage": f"{stage['stage']} of the teacher"} for stage in known["stages"]]
+    last = last | {"teacher": {"name": base_name(teacher), "base": known["base"]}}
+    return certificate | {
+        "complete": certificate["complete"] and bool(known.get("complete")),
+        "stages": [*before, *taught, last],
+    }
+
+
 def base_name(base: str) -> str:
     return Path(base).resolve().name if Path(base).exists() else base
 
@@ -83,6 +95,13 @@ def find_build(source: DatasetSource) -> dict | None:
         "files": one["files"],
         "manifest_sha256": sha256(manifest),
     }
+
+
+def copy_certificate(base: str, revision: str | None, folder: Path) -> None:
+    """Passes a checkpoint's certificate on to one made from it without training."""
+    known = read_training_data(base, revision)
+    if known is not None:
+        write_certificate(folder, known)
 
 
 def write_certificate(folder: Path, certificate: dict) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils.logging import get_logger
 
 from nvembed.configuration_nvembed import NVEmbedConfig
@@ -87,12 +88,21 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
     """
     check_output_dir(output_dir)
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not all(part.isfinite().all() for part in stored_parts(parameter.data)):
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
-        check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # what does not load is not kept
+        if getattr(model.config, "quantization_config", None) is None:
+            check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # what does not load is not kept
         add_card(partial, write_card)
+
+
+def stored_parts(tensor: Tensor) -> list[Tensor]:
+    """A tensor, or the tensors that a quantized or sparse one of torch's subclasses is stored as."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in stored_parts(getattr(tensor, name))]
 
 
 def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:

@@ -16,11 +16,11 @@ class TripletCollator:
     """Makes one training batch of triplets.
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
-    "datasets": [...], "false_negatives": ...}`: `chunks` are packed texts for the model (see
+    "datasets": [...], "false_negatives": ..., "texts": [...]}`: `chunks` are packed texts for the model (see
     `nvembed.texts_nvembed.pack`), queries, positives and negatives alike, the longest in the last. Of their embeddings,
     concatenated in order, `query_index[i]` is the query of row i and `passage_index[i, j]` its j-th passage, the
     positive first. Where a row has fewer than `num_negatives` negatives, the empty slots have the id `NO_TEXT` and
-    index 0. `datasets[i]` is row i's data set.
+    index 0. `datasets[i]` is row i's data set; `texts`, in the order of the embeddings, are (instruction, text) pairs.
 
     Args:
         tokenizer: the checkpoint's.
@@ -85,6 +85,7 @@ class TripletCollator:
             "passage_ids": torch.tensor(passage_ids),
             "datasets": [triplet["dataset"] for triplet in triplets],
             "false_negatives": torch.tensor(false_negatives),
+            "texts": [(instructions[i], texts[i]) for chunk in chunks for i in chunk],
         }
 
     def _true_negatives(self, triplet: dict) -> list[str]:

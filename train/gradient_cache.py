@@ -7,6 +7,8 @@ share of that gradient. This is gradient checkpointing with a chunk of the batch
 with random state and mixed precision: the second pass draws the same dropout.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nvembed.eval.sharding import is_sharded
+from nvembed.modeling_nvembed import NVEmbedModelOutput
 
 
 def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
@@ -25,14 +28,33 @@ def embed_chunks(model: nn.Module, chunks: list[dict]) -> Tensor:
     Returns:
         Embeddings of all texts in the order of the chunks, `[texts, hidden]`.
     """
+    return embed_and_observe(model, chunks, None)[0]
+
+
+def embed_and_observe(
+    model: nn.Module, chunks: list[dict], observe: Callable[[NVEmbedModelOutput, dict], Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `embed_chunks`, and the sum of `observe(output, chunk)` over the chunks, a scalar with gradients.
+
+    Args:
+        observe: gets the model's output with the states of all layers; None: nothing is observed. Called twice for all
+            chunks but the last, like the model.
+    """
+
+    def embed(model: nn.Module, chunk: dict) -> tuple[Tensor, Tensor | None]:
+        output = model(**chunk, output_hidden_states=observe is not None)
+        return output.sentence_embeddings, None if observe is None else observe(output, chunk)
+
     # DDP must not be prepared for another backward pass during one, so the second passes go around it. Their
     # gradients are averaged all the same: the last chunk's pass arms DDP's hooks, which wait for the sum over chunks.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     idle = _surplus(inner, chunks) * chunks[-1:]
-    parts = [checkpoint(_embed, inner, chunk, use_reentrant=False) for chunk in (*idle, *chunks[:-1])]
+    parts = [checkpoint(embed, inner, chunk, use_reentrant=False) for chunk in (*idle, *chunks[:-1])]
+    parts.append(embed(model, chunks[-1]))
     unused = sum(len(chunk["lengths"]) for chunk in idle)
     # Without a value, but in the graph: every process must run equally many backward passes, too.
-    return torch.cat([*parts, _embed(model, chunks[-1])])[unused:]
+    embeddings = torch.cat([embeddings for embeddings, _ in parts])[unused:]
+    return embeddings, None if observe is None else sum(observed for _, observed in parts[len(idle) :])
 
 
 def _surplus(model: nn.Module, chunks: list[dict]) -> int:
@@ -42,7 +64,3 @@ def _surplus(model: nn.Module, chunks: list[dict]) -> int:
     most = torch.tensor(len(chunks), device=chunks[0]["input_ids"].device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most) - len(chunks)
-
-
-def _embed(model: nn.Module, chunk: dict) -> Tensor:
-    return model(**chunk).sentence_embeddings

@@ -35,14 +35,17 @@ class LogWindow:
 
     def _clear(self) -> None:
         self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
+        self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def add(self, batch: Mapping, rows: Contrast) -> None:
-        """Adds a batch; its figures stay on the device until the log."""
+    def add(self, batch: Mapping, rows: Contrast, parts: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Adds a batch, and the parts of its loss by name; its figures stay on the device until the log."""
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
         left_out = rows.false_negatives + batch["false_negatives"].to(rows.false_negatives.device)
         figures = (rows.losses, rows.positive, rows.hardest_negative, left_out)
         self.rows.append(torch.stack([figure.detach().float() for figure in figures]))
         self.datasets += batch["datasets"]
+        for name, part in (parts or {}).items():
+            self.parts[name].append(part.detach().float())
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time spent on something other than training."""
@@ -51,10 +54,11 @@ class LogWindow:
     def close(self) -> dict[str, float]:
         """Figures for the log, the same on all processes, which must all call it; the next window begins.
 
-        `tokens_per_second` counts each distinct text of a process's batch once and no padding; `share_of_peak` sets the
-        arithmetic of one forward and one backward pass over them against the device's peak (on GPUs that
-        `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>` are of this
-        window; similarities are cosines, means over the rows. `false_negatives`, if they are left out, is how many.
+        `tokens_per_second` counts each distinct text of a process's batch once and no padding; `share_of_peak`
+        sets the arithmetic of one forward and one backward pass over them against the device's peak (on GPUs
+        that `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>`
+        are of this window; similarities are cosines, means over the rows. `false_negatives`, if they are left
+        out, is how many. Parts of the loss, unweighted, are `loss/<part>`.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
@@ -66,7 +70,8 @@ class LogWindow:
             for place, figure in ((sums[dataset], loss), (positive, close), (hardest, near)):
                 if figure != float("-inf"):  # a row without negatives
                     place[0], place[1] = place[0] + 1, place[1] + figure
-        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out))])
+        losses = {name: torch.stack(values).mean().item() for name, values in self.parts.items()}
+        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
         self._clear()
 
         if any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
@@ -84,6 +89,8 @@ class LogWindow:
                 logs[name] = round(sum(part[place][1] for part in everywhere) / count, 4)
         if self.count_false_negatives:
             logs["false_negatives"] = int(sum(part[4] for part in everywhere))
+        for name in losses:
+            logs[f"loss/{name}"] = round(sum(part[5][name] for part in everywhere) / len(everywhere), 4)
         for dataset in sorted({name for part in everywhere for name in part[1]}):
             parts = [part[1][dataset] for part in everywhere if dataset in part[1]]
             samples = sum(count for count, _ in parts)

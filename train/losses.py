@@ -1,5 +1,6 @@
 """The contrastive loss of both stages (paper section 3.3; Appendix, unverified, for its settings)."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,35 @@ class Contrast(NamedTuple):
     positive: Tensor
     hardest_negative: Tensor  # -inf for a row without negatives
     false_negatives: Tensor  # how many candidates of other rows were left out as likely positives
+    divergence: Tensor | None = None  # of the teacher's ranking of the row's candidates, if there is a teacher
+
+
+class TeacherScores(NamedTuple):
+    """A teacher's embeddings of a batch, of any width, whose cosines rank the candidates that the student ranks."""
+
+    queries: Tensor  # [batch, width], L2-normalized
+    passages: Tensor  # [batch, 1 + negatives, width], L2-normalized
+    temperature: float  # divisor of its cosines
+
+
+def matryoshka_contrast(queries: Tensor, passages: Tensor, prefixes: Mapping[int, float], *args, **options) -> Contrast:
+    """`contrast` of the embeddings' first dimensions, weighted, beside that of whole embeddings, whose weight is 1.
+
+    Kusupati et al., arXiv 2205.13147. Losses and divergences are weighted means; the similarities and counts are those
+    of whole embeddings.
+
+    Args:
+        prefixes: number of dimensions -> weight; each prefix is normalized by itself, as `encode(truncate_dim=)` does.
+        args, options: of `contrast`.
+    """
+    whole = contrast(queries, passages, *args, **options)
+    total, losses, divergence = 1 + sum(prefixes.values()), whole.losses, whole.divergence
+    for width, weight in prefixes.items():
+        prefix = (F.normalize(embeddings[..., :width], dim=-1) for embeddings in (queries, passages))
+        part = contrast(*prefix, *args, **options)
+        losses = losses + weight * part.losses
+        divergence = None if divergence is None else divergence + weight * part.divergence
+    return whole._replace(losses=losses / total, divergence=None if divergence is None else divergence / total)
 
 
 def contrast(
@@ -30,6 +60,7 @@ def contrast(
     temperature: float = 0.02,
     in_batch_negatives: bool = True,
     false_negative_margin: float | None = None,
+    teacher: TeacherScores | None = None,
 ) -> Contrast:
     """InfoNCE: cross-entropy of the positive among the candidates, on cosine similarity / temperature.
 
@@ -52,6 +83,8 @@ def contrast(
         false_negative_margin: leave out candidates of other rows whose similarity to the query is at least the
             positive's plus this: they are likely to answer it, too. Not in the paper; Qwen3-Embedding (arXiv
             2506.05176) uses 0.1. None: off.
+        teacher: compare the softmax over each row's candidates with this teacher's: the Kullback-Leibler divergence
+            of the student's from the teacher's is the row's `divergence`.
 
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not match.
@@ -66,13 +99,12 @@ def contrast(
         )
     rows, per_row, _ = passages.shape
     all_query_ids, all_passage_ids = gather(query_ids), gather(passage_ids)  # of the whole batch, on every process
+    similarity = score(queries, passages, in_batch_negatives)
     if in_batch_negatives:
-        similarity = queries @ gather(passages).flatten(0, 1).T
         candidate_ids = all_passage_ids.flatten()[None]
         rank = dist.get_rank() if is_distributed() else 0
         target = (rank * rows + torch.arange(rows, device=queries.device)) * per_row
     else:
-        similarity = torch.einsum("bd,bnd->bn", queries, passages)
         candidate_ids = passage_ids
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
     excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
@@ -88,8 +120,27 @@ def contrast(
         excluded |= likely
     hardest_negative = similarity.detach().masked_fill(excluded.scatter_(1, target, True), float("-inf")).amax(1)
     similarity = similarity.masked_fill_(excluded.scatter_(1, target, False), float("-inf"))
-    losses = F.cross_entropy(similarity.div_(temperature), target.squeeze(1), reduction="none")
-    return Contrast(losses, positive.squeeze(1), hardest_negative, false_negatives)
+    logits = similarity.div_(temperature)
+    losses = F.cross_entropy(logits, target.squeeze(1), reduction="none")
+    divergence = None
+    if teacher is not None:
+        theirs = score(teacher.queries, teacher.passages, in_batch_negatives).float() / teacher.temperature
+        theirs = theirs.masked_fill(excluded, float("-inf")).log_softmax(-1)
+        # At excluded candidates both are -inf, whose difference is not 0.
+        gap = (theirs - logits.log_softmax(-1)).masked_fill(excluded, 0.0)
+        divergence = (theirs.exp() * gap).sum(-1)
+    return Contrast(losses, positive.squeeze(1), hardest_negative, false_negatives, divergence)
+
+
+def score(queries: Tensor, passages: Tensor, in_batch_negatives: bool) -> Tensor:
+    """Dot products of each query, `[batch, width]`, with its candidates among `[batch, 1 + negatives, width]`.
+
+    Returns:
+        `[batch, candidates]`, the candidates those of the row or, `in_batch_negatives`, of all rows on all processes.
+    """
+    if in_batch_negatives:
+        return queries @ gather(passages).flatten(0, 1).T
+    return torch.einsum("bd,bnd->bn", queries, passages)
 
 
 def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:

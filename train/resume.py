@@ -35,7 +35,8 @@ SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
 APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
-    "processes", "false_negative_margin",
+    "processes", "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "alpha", "contrastive_weight",
+    "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance",
 )  # fmt: skip
 # Settings that may not change, and why.
 REFUSED = {
@@ -46,6 +47,8 @@ REFUSED = {
     "seed": "the order of the data follows from it",
     "data_seed": "the order of the data follows from it",
     "dtype": "the weights were trained on a base of that dtype",
+    "teacher": "the student was trained towards it",
+    "teacher_revision": "the student was trained towards it",
 } | dict.fromkeys(
     (
         "use_peft", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules", "lora_target_parameters",

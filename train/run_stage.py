@@ -10,10 +10,12 @@ from trl import get_quantization_config
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.local import read_tasks
+from nvembed.eval.vectors import VectorShards
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import (
     DataArguments,
+    DistillArguments,
     ModelArguments,
     RecipeParser,
     StageArguments,
@@ -21,15 +23,17 @@ from nvembed.train.arguments import (
     settings_of,
 )
 from nvembed.train.card import describe_run, write_card
-from nvembed.train.certificate import certify, write_certificate
+from nvembed.train.certificate import certify, with_teacher, write_certificate
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import check_have_negatives, read_provenance, read_tables, write_tables
 from nvembed.train.data.source import check_exists, check_sources
+from nvembed.train.distillation import prepare_distillation
 from nvembed.train.hub import check_push, push
 from nvembed.train.memory import limit_primitive_cache
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
+from nvembed.train.teacher import EmbeddingTeacher, cache_embeddings
 from nvembed.train.trainer import EmbeddingTrainer
 
 
@@ -71,11 +75,17 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     if model_args.is_mask_instruction is not None:
         check_instruction_mask(model_args, model.config, training_args)
         model.config.is_mask_instruction = model_args.is_mask_instruction
+    check_sizes(model_args, training_args, model.config)
+    distillation = None
+    if isinstance(training_args, DistillArguments):
+        distillation = prepare_distillation(training_args, model, data_args.max_length)
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
     adapted = add_adapter(model, model_args)
     if resume is not None:
         check_resume(resume, adapted)
     blend = load_blend(data_args, training_args)
+    if distillation is not None and training_args.teacher_cache is not None:
+        read_teacher_cache(distillation.teacher, blend, data_args, training_args)
     kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
     record = RunRecord(kept, base, read_provenance(training_args.triplets_dir))
     if resume is not None:
@@ -89,6 +99,7 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         eval_dataset=tasks,
         eval_max_length=data_args.max_length,
         record=record,
+        distillation=distillation,
         data_collator=TripletCollator(
             model.tokenizer,
             model.config,
@@ -105,6 +116,8 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         base = settings["model_name_or_path"]
         samples = blend.samples(trainer.state.global_step * training_args.update_rows)
         certificate = certify(training_args.stage, base, data_args.datasets, made_of, blend, samples)
+        if distillation is not None:
+            certificate = with_teacher(certificate, training_args.teacher, training_args.teacher_revision)
         write_certificate(folder, certificate)
         run = describe_run(settings, record, data_args, training_args, blend, trainer.state, tasks, certificate)
         name = repositories.get("adapter" if is_adapter else "model", training_args.output_dir)
@@ -123,6 +136,37 @@ def check_instruction_mask(model_args: ModelArguments, config: NVEmbedConfig, tr
             f"{model_args.model_name_or_path}, by whose config an adapter is loaded: leave out push_adapter, or make "
             "the base with init_checkpoint.py --is_mask_instruction false"
         )
+
+
+def check_sizes(model_args: ModelArguments, training_args: StageArguments, config: NVEmbedConfig) -> None:
+    """Raises a `ValueError` if a prefix is longer than the embeddings, or an adapter of a pruned base is pushed."""
+    for width in training_args.matryoshka:
+        if width >= config.hidden_size:
+            raise ValueError(
+                f"matryoshka_dims has {width} and the embeddings have {config.hidden_size} dimensions, which are "
+                "trained in any case: give numbers below"
+            )
+    if training_args.push_adapter and (config.pruning or {}).get("pattern") is not None:
+        raise ValueError(
+            f"push_adapter: {model_args.model_name_or_path} is pruned, and others would load an adapter of it without "
+            "its zeros: leave it out, the merged checkpoint has them"
+        )
+
+
+def read_teacher_cache(
+    teacher: EmbeddingTeacher, blend: Blend, data_args: DataArguments, training_args: DistillArguments
+) -> None:
+    """Has the teacher read its embeddings from `teacher_cache`, which the main process fills.
+
+    Raises:
+        ValueError: as `cache_embeddings`.
+        TimeoutError: the main process took longer than `ddp_timeout`.
+    """
+    folder = Path(training_args.teacher_cache)
+    with after_main_process(training_args):
+        if training_args.process_index == 0:
+            cache_embeddings(folder, teacher.model, blend, data_args.num_negatives)
+        teacher.read(VectorShards(folder))
 
 
 def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:
@@ -148,8 +192,7 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
         check_have_negatives(tables, sources)
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
-    weights = None if sources[0].weight is None else [source.weight for source in sources]
-    return Blend(tables, training_args.run_rows(triplets), weights, seed)
+    return Blend(tables, training_args.run_rows(triplets), data_args.weights, seed)
 
 
 @contextmanager
@@ -157,7 +200,8 @@ def after_main_process(training_args: StageArguments) -> Iterator[None]:
     """Runs the body on the main process first, then on the others, which raise once they have waited too long."""
     advice = (
         f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for the triplets, and the run ends if "
-        "reading and mining take longer: raise --ddp_timeout then, or mine beforehand (train/data/mine_negatives.py)."
+        "reading, mining and a teacher's embedding take longer: raise --ddp_timeout then, or mine beforehand "
+        "(train/data/mine_negatives.py)."
     )
     if training_args.world_size > 1 and training_args.process_index == 0:
         logger.warning(advice)

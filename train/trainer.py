@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mteb.abstasks import AbsTask
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
@@ -23,10 +24,12 @@ from nvembed.train.adapter import ADAPTER, is_quantized, merge_adapter, with_wei
 from nvembed.train.arguments import StageArguments
 from nvembed.train.checkpoints import add_card, write_checkpoint
 from nvembed.train.data.blend import Blend
-from nvembed.train.gradient_cache import embed_chunks
+from nvembed.train.distillation import Distillation
+from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.guard import BAD_BATCH, LossGuard
+from nvembed.train.keep_zeros import KeepZeros
 from nvembed.train.log import LogWindow
-from nvembed.train.losses import contrast
+from nvembed.train.losses import matryoshka_contrast
 from nvembed.train.memory import ReturnFreedMemory
 from nvembed.train.resume import FreshSettings, RunRecord
 
@@ -47,6 +50,7 @@ class EmbeddingTrainer(Trainer):
     Args:
         eval_max_length: tokens of a text of these tasks, its instruction included.
         record: the run's settings, written into its checkpoints; None: nothing is written.
+        distillation: what the student is compared with; None: the loss is the contrastive one alone.
 
     Raises:
         ValueError: there are fewer triplets than one batch of all processes holds; an evaluation set is given without
@@ -62,6 +66,7 @@ class EmbeddingTrainer(Trainer):
         eval_dataset: Sequence[AbsTask] | None = None,
         eval_max_length: int = 512,
         record: RunRecord | None = None,
+        distillation: Distillation | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs,
     ):
@@ -76,7 +81,9 @@ class EmbeddingTrainer(Trainer):
         self.add_callback(ReturnFreedMemory())
         self.add_callback(CurrentIntervals())
         self.add_callback(LogHistory())
-        self._record = record
+        if not isinstance(self.model, PeftModel) and (self.model.config.pruning or {}).get("pattern") is not None:
+            self.add_callback(KeepZeros(self.model.embedding_model))
+        self._record, self._distillation = record, distillation
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
@@ -168,19 +175,26 @@ class EmbeddingTrainer(Trainer):
         return self._checkpoint_folder or super()._get_output_dir(trial)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        embeddings = embed_chunks(model, inputs["chunks"])
-        rows = contrast(
+        distillation, parts = self._distillation, {}
+        observe = None if distillation is None else distillation.observer(inputs)
+        embeddings, observed = embed_and_observe(model, inputs["chunks"], observe)
+        rows = matryoshka_contrast(
             embeddings[inputs["query_index"]],
             embeddings[inputs["passage_index"]],
+            self.args.matryoshka,
             inputs["query_ids"],
             inputs["passage_ids"],
             self.args.temperature,
             self.args.in_batch_negatives,
             self.args.false_negative_margin,
+            None if distillation is None else distillation.scores(inputs),
         )
         loss = rows.losses.mean()
+        if distillation is not None:
+            parts = distillation.losses(inputs, embeddings, observed, rows)
+            loss = self.args.contrastive_weight * loss + self.args.alpha * sum(parts.values())
         self._guard.check(loss.item(), inputs, rows, self._bad_batch, self.data_collator.tokenizer.decode)
-        self._window.add(inputs, rows)
+        self._window.add(inputs, rows, parts)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from nvembed.eval.files import sha256
 from nvembed.eval.run_mteb import MtebArguments, run
+from nvembed.train.commands import launch
 from nvembed.train.quickstart.docs import write_datasets
 
 
@@ -86,13 +87,6 @@ def evaluate(checkpoint: Path, dtype: str) -> dict[str, float]:
     arguments = MtebArguments(str(checkpoint), output_dir, tasks=[TASKS], max_length=MAX_LENGTH, dtype=dtype)
     scores = run(arguments)["tasks"]
     return {"nDCG@10": 100 * scores["held_out"], "V-measure": 100 * scores["modules"]}
-
-
-def launch(script: str, *arguments: str) -> None:
-    """Runs a training script through `accelerate launch`, on all cores of this machine."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
-    subprocess.run([*accelerate, script, *arguments], check=True)
 
 
 def answer(checkpoint: Path) -> None:

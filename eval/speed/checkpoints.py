@@ -1,0 +1,83 @@
+"""What checkpoints cost: bytes on disk, memory and texts per second, each in processes of its own that take turns.
+
+python eval/speed/checkpoints.py runs/stage2 runs/int8 [--texts 256] [--rounds 3]
+
+Memory is the process's resident set above what it had before loading: after loading, and at the peak of encoding. On a
+GPU it is torch's own count there. Prints JSON, one object a checkpoint, with medians.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from nvembed import NVEmbedModel
+from nvembed.eval.speed.encode import real_texts, reset_peak_memory
+
+
+def resident(name: str = "VmRSS") -> float:
+    """GB of this process: VmRSS now, VmHWM at the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def memory(device: torch.device, peak: bool = False) -> float:
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
+    return resident("VmHWM" if peak else "VmRSS")
+
+
+def measure(checkpoint: str, texts: int, words: int, device: str) -> dict[str, float]:
+    """One round, in this process."""
+    disable_progress_bar()
+    place = torch.device(device)
+    _, passages = real_texts(words)
+    prompts = [passages[i % len(passages)] for i in range(texts)]
+    gc.collect()
+    before = memory(place)
+    model = NVEmbedModel.from_pretrained(checkpoint, dtype="auto", fold_latent_attention=False).to(place).eval()
+    gc.collect()
+    loaded = memory(place) - before
+    model.encode(prompts[:8], max_length=512)
+    reset_peak_memory(place)
+    start = time.perf_counter()
+    model.encode(prompts, max_length=512)
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"loaded_gb": loaded, "peak_gb": memory(place, peak=True) - before, "texts_per_second": texts / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--words", type=int, default=60, help="words of a text, at least")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--once", action="store_true", help="measure the first checkpoint once, in this process")
+    args = parser.parse_args()
+    if args.once:
+        print(json.dumps(measure(args.checkpoints[0], args.texts, args.words, args.device)))
+        return
+    options = [f"--texts={args.texts}", f"--words={args.words}", f"--device={args.device}", "--once"]
+    rounds: dict[str, list[dict]] = {checkpoint: [] for checkpoint in args.checkpoints}
+    for _ in range(args.rounds):
+        for checkpoint, results in rounds.items():
+            command = [sys.executable, __file__, checkpoint, *options]
+            results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    for checkpoint, results in rounds.items():
+        medians = {name: statistics.median(result[name] for result in results) for name in results[0]}
+        size = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
+        print(json.dumps({"checkpoint": checkpoint, "disk_gb": size / 1e9} | medians))
+
+
+if __name__ == "__main__":
+    main()

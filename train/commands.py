@@ -1,0 +1,84 @@
+"""Runs the project's scripts as a user would, for scripts that go through several of them."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nvembed.eval.files import write_json
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAININGS = ("stage1.py", "stage2.py", "distill.py")
+
+
+def launch(script: str, *arguments: str) -> None:
+    """Runs a training script through `accelerate launch`, on all cores of this machine.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its own error has been shown.
+    """
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
+    subprocess.run([*accelerate, script, *arguments], check=True)
+
+
+def run(script: str, *arguments: str) -> str:
+    """Runs another script of the project and returns what it printed; its progress and errors are shown.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its own error has been shown.
+    """
+    return subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping) -> None:
+    """Runs a script that writes a checkpoint to `folder`, unless it has; a training that was stopped goes on.
+
+    Args:
+        script: a path from the root of the project.
+        arguments: the script's, but `--output_dir`.
+        made_of: what decides the result beside the arguments; kept beside the folder, so that another is noticed.
+
+    Raises:
+        ValueError: the folder was made, or begun, by other arguments or from something else.
+        subprocess.CalledProcessError: the script failed.
+    """
+    made_of = {"script": script, "arguments": list(arguments)} | dict(made_of)
+    record = folder.with_name(f"{folder.name}.json")
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        for name in made_of.keys() | before.keys():
+            if before.get(name) != made_of.get(name):
+                raise ValueError(
+                    f"{folder} was made with {name} {before.get(name)!r}, and this run has {made_of.get(name)!r}: "
+                    f"remove {folder} and {record.name}, or name another output_dir"
+                )
+    elif (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds a checkpoint that this script did not make; name another output_dir")
+    if (folder / "config.json").is_file():
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, made_of)
+    arguments = [*arguments, "--output_dir", str(folder)]
+    if Path(script).name in TRAININGS:
+        if any(folder.glob("checkpoint-*")):
+            arguments += ["--resume_from_checkpoint", "true"]
+        launch(str(ROOT / script), *arguments)
+    else:
+        run(str(ROOT / script), *arguments)
+
+
+def score(checkpoint: str, tasks: Sequence[str], folder: Path, *arguments: str) -> dict[str, float]:
+    """Main scores in percent by task, and their "average", by `eval/run_mteb.py`; measured tasks are kept in `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: measuring failed.
+    """
+    options = ["--model", checkpoint, "--tasks", *tasks, "--output_dir", str(folder), *arguments]
+    run(str(ROOT / "eval/run_mteb.py"), *options)
+    scores = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["tasks"]
+    return {name: 100 * value for name, value in scores.items()} | {"average": 100 * statistics.mean(scores.values())}

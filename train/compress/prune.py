@@ -1,0 +1,200 @@
+"""Prunes a checkpoint's decoder: single weights, or whole layers, neurons and heads (paper, Appendix A).
+
+    python train/compress/prune.py --config compress
+    python train/compress/prune.py --model_name_or_path runs/stage2 --datasets data.jsonl --method sparsegpt \\
+      --pattern 2:4 --output_dir runs/pruned
+
+A pruned checkpoint loads as any other; what follows (`train/distill.py`, `stage2.py`, `quantize.py`) keeps its zeros.
+Zeros make it neither smaller nor faster by themselves: 2:4 is fast in torch's semi-structured kernels on a GPU, and
+unstructured and 4:8 sparsity nowhere. `num_layers`, `intermediate_size` and `num_key_value_heads` make it both.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from nvembed.eval.files import write_json
+from nvembed.eval.markdown_table import markdown_table
+from nvembed.modeling_nvembed import MeanPooling, NVEmbedModel
+from nvembed.train.arguments import RecipeParser
+from nvembed.train.card import continue_card
+from nvembed.train.certificate import copy_certificate
+from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
+from nvembed.train.compress.checkpoint import load_uncompressed
+from nvembed.train.compress.solvers import METHODS, relative_error
+from nvembed.train.compress.sparsity import Pattern, decoder_matrices
+from nvembed.train.compress.structure import drop_layers, narrow
+
+
+REPORT = "pruning.json"  # in the checkpoint's folder
+
+
+@dataclass
+class PruneArguments(CalibrationArguments):
+    stage: ClassVar[str] = "prune"
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The trained checkpoint."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the pruned checkpoint."})
+    method: Literal["sparsegpt", "wanda", "magnitude"] | None = field(
+        default=None, metadata={"help": "How single weights are chosen (paper: SparseGPT is best). None: they stay."}
+    )
+    pattern: str = field(
+        default="2:4", metadata={"help": "unstructured, or N:M: N of M neighbours in a row are kept, such as 2:4, 4:8."}
+    )
+    sparsity: float | None = field(default=None, metadata={"help": "Share of zeros if unstructured; None: 0.5."})
+    num_layers: int | None = field(default=None, metadata={"help": "Keep this many layers."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Keep this many neurons of every MLP."})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "Keep this many key heads of every layer, with their query heads."}
+    )
+    drop_latent_attention: bool = field(
+        default=False,
+        metadata={"help": "Pool by the mean alone; distil afterwards (paper: behind the teacher's latent attention)."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("model_name_or_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing; give --{name}, or name it in the recipe")
+        if not self.datasets:
+            raise ValueError("datasets is empty; pruning looks at the data that the model was trained on: name it")
+        # Before the model is loaded: a misspelt pattern must not cost that.
+        self.parsed_pattern = Pattern.parse(self.pattern, self.sparsity)
+        if self.method is None and self.sparsity is not None:
+            raise ValueError(f"sparsity is {self.sparsity} and no method is given: set method: sparsegpt")
+        smaller = (self.method, self.num_layers, self.intermediate_size, self.num_key_value_heads)
+        if all(value is None for value in smaller) and not self.drop_latent_attention:
+            raise ValueError(
+                "nothing is to be pruned: give method (sparsegpt, wanda, magnitude), num_layers, intermediate_size, "
+                "num_key_value_heads or drop_latent_attention"
+            )
+
+
+def prune(args: PruneArguments, model: NVEmbedModel) -> list[dict]:
+    """Prunes `model` in place; returns the report, one entry a matrix.
+
+    Raises:
+        ValueError: the data or the sizes do not allow what is asked for; see `PruneArguments`, `calibration_chunks`,
+            `drop_layers` and `narrow`.
+    """
+    if args.method is not None:
+        columns = {name: args.intermediate_size or module.in_features if "down_proj" in name else module.in_features
+                   for name, module in decoder_matrices(model.embedding_model).items()}  # fmt: skip
+        for name, width in columns.items():
+            args.parsed_pattern.check_fits(f"embedding_model.{name}", width)
+    chunks = calibration_chunks(args, model)
+    pruning = dict(model.config.pruning or {})
+    if args.num_layers is not None:
+        kept = drop_layers(model, chunks, args.device, args.num_layers)
+        pruning["layers"] = [pruning["layers"][i] for i in kept] if "layers" in pruning else kept
+    if args.intermediate_size is not None or args.num_key_value_heads is not None:
+        narrow(model, chunks, args.device, args.intermediate_size, args.num_key_value_heads)
+        sizes = {"intermediate_size": args.intermediate_size, "num_key_value_heads": args.num_key_value_heads}
+        pruning |= {name: size for name, size in sizes.items() if size is not None}
+    report = []
+    if args.method is not None:
+        report = prune_weights(model, chunks, args.device, args.method, args.parsed_pattern)
+        pruning |= {"method": args.method, "pattern": str(args.parsed_pattern)}
+        pruning["sparsity"] = args.parsed_pattern.sparsity
+    if args.drop_latent_attention:
+        drop_latent_attention(model)
+    model.config.pruning = pruning or None
+    return report
+
+
+def prune_weights(model: NVEmbedModel, chunks: list[dict], device: str, method: str, pattern: Pattern) -> list[dict]:
+    """Prunes the decoder's matrices layer by layer; returns for each its share of zeros and its outputs' error."""
+    report = []
+
+    def change(index: int, layer: nn.Module, inputs: LayerInputs) -> None:
+        for name, module in decoder_matrices(layer).items():
+            moments = inputs.moments[name]
+            pruned = METHODS[method](module.weight.data, moments, pattern)
+            report.append(
+                {
+                    "matrix": f"layers.{index}.{name}",
+                    "shape": list(pruned.shape),
+                    "sparsity": float((pruned == 0).float().mean()),
+                    "relative_error": relative_error(module.weight.data, pruned, moments),
+                    "tokens": inputs.tokens,
+                }
+            )
+            module.weight.data = pruned
+
+    walk_layers(model, chunks, device, change)
+    return report
+
+
+def drop_latent_attention(model: NVEmbedModel) -> None:
+    """Pools by the mean from here on.
+
+    Raises:
+        ValueError: it does already, or the embeddings' projection would be lost.
+    """
+    if model.config.pooling_type == "mean":
+        raise ValueError("drop_latent_attention: the checkpoint pools by the mean already; leave it out")
+    if model.config.latent_attention_config.projection_dim is not None:
+        raise ValueError("drop_latent_attention: the checkpoint projects its embeddings behind the latent attention")
+    model.config.pooling_type = "mean"
+    model.latent_attention_model = MeanPooling(model.config.latent_attention_config)
+
+
+def report_table(report: list[dict]) -> str:
+    """Markdown: by kind of matrix, the mean share of zeros and the outputs' mean and largest error over the layers."""
+    kinds = defaultdict(list)
+    for entry in report:
+        kinds[entry["matrix"].split(".", 2)[2]].append(entry)
+    rows = [["matrix", "zeros", "error of its outputs, mean", "largest"]]
+    for kind, entries in kinds.items():
+        errors = [entry["relative_error"] for entry in entries]
+        zeros = sum(entry["sparsity"] for entry in entries) / len(entries)
+        rows.append([f"`{kind}`", f"{zeros:.1%}", f"{sum(errors) / len(errors):.2%}", f"{max(errors):.2%}"])
+    return markdown_table(rows, 1)
+
+
+def main(args: PruneArguments) -> None:
+    check_output_dir(args.output_dir)
+    model = load_uncompressed(args.model_name_or_path, args.model_revision, "prune")
+    report = prune(args, model)
+    text = describe(args, model, report)
+
+    def add_files(folder: Path) -> None:
+        write_json(folder / REPORT, report)
+        copy_certificate(args.model_name_or_path, args.model_revision, folder)
+        continue_card(args.model_name_or_path, folder, args.output_dir, "prune", text)
+
+    write_checkpoint(model, args.output_dir, add_files)
+    print(text)
+
+
+def describe(args: PruneArguments, model: NVEmbedModel, report: list[dict]) -> str:
+    """The card's paragraph."""
+    pruning, text = model.config.pruning or {}, model.config.text_config
+    done = []
+    if "layers" in pruning and args.num_layers is not None:
+        done.append(f"kept layers {', '.join(map(str, pruning['layers']))}")
+    if args.intermediate_size is not None:
+        done.append(f"kept {text.intermediate_size} neurons of every MLP")
+    if args.num_key_value_heads is not None:
+        done.append(f"kept {text.num_key_value_heads} key heads, {text.num_attention_heads} query heads of every layer")
+    if args.method is not None:
+        done.append(f"set {pruning['sparsity']:.0%} of the weights to zero, {pruning['pattern']}, by {args.method}")
+    if args.drop_latent_attention:
+        done.append("dropped the latent attention")
+    text = f"`train/compress/prune.py` of nvembed {'; '.join(done)}; {args.calibration_samples} triplets looked at."
+    if report:
+        text += (
+            f"\n\n{report_table(report)}\n\nErrors are relative, of each matrix's outputs on those triplets before "
+            "later layers and training make up for them."
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main(*RecipeParser(PruneArguments).parse_args_and_config())

@@ -1,0 +1,151 @@
+"""What a student lacks of its teacher: states layer by layer, scores of candidates, embeddings (paper, Appendix A)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvembed.eval.models import load_model
+from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
+from nvembed.train.arguments import DistillArguments
+from nvembed.train.losses import Contrast, TeacherScores
+from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
+
+
+class Distillation:
+    """The teacher's part of the loss of a batch; each part is a mean over tokens, rows or texts.
+
+    - states: the squared error of the states after each layer but the last, summed over layers, and of the last
+      states: the student's, behind its own pooling layers if it has any, against the teacher's behind its latent
+      attention. A student without latents so learns to do their work in its decoder.
+    - scores: the Kullback-Leibler divergence of the softmax over a row's candidates (`losses.contrast`).
+    - embeddings: 1 - cosine, or the squared error of a dimension, of every text of the batch.
+
+    Args:
+        layers: the teacher's layer, from 0, for each of the student's but the last.
+    """
+
+    def __init__(self, args: DistillArguments, teacher: StatesTeacher | EmbeddingTeacher, layers: Sequence[int] = ()):
+        self.args, self.teacher, self.layers = args, teacher, list(layers)
+        self._embedded: tuple[int, Tensor] | None = None
+
+    def observer(self, batch: dict) -> Callable[[NVEmbedModelOutput, dict], Tensor] | None:
+        """For `embed_and_observe`: a chunk's share of the states' error; None if states are not compared."""
+        if "states" not in self.args.kd_losses:
+            return None
+        tokens = sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
+        is_relative = self.args.states_error == "relative"
+
+        def observe(output: NVEmbedModelOutput, chunk: dict) -> Tensor:
+            theirs = self.teacher.run(chunk)
+            pairs = [(output.hidden_states[i + 1], theirs.hidden_states[j + 1]) for i, j in enumerate(self.layers)]
+            pairs.append((output.last_hidden_state, theirs.last_hidden_state))
+            return sum(states_error(x, y, is_relative).sum() for x, y in pairs) / tokens
+
+        return observe
+
+    def scores(self, batch: dict) -> TeacherScores | None:
+        """The teacher's embeddings of a batch for `contrast`; None if scores are not compared."""
+        if "scores" not in self.args.kd_losses:
+            return None
+        embeddings = self._embed(batch)
+        temperature = self.args.teacher_temperature or self.args.temperature
+        return TeacherScores(embeddings[batch["query_index"]], embeddings[batch["passage_index"]], temperature)
+
+    def losses(self, batch: dict, embeddings: Tensor, observed: Tensor | None, rows: Contrast) -> dict[str, Tensor]:
+        """The parts of the loss by name, scalars.
+
+        Args:
+            embeddings: the student's, `[texts, width]`.
+            observed: the sum of what `observer` gave.
+        """
+        parts = {}
+        if observed is not None:
+            parts["states"] = observed
+        if rows.divergence is not None:
+            parts["scores"] = rows.divergence.mean()
+        if "embeddings" in self.args.kd_losses:
+            theirs = self._embed(batch).to(embeddings.dtype)
+            if self.args.embedding_distance == "cosine":
+                parts["embeddings"] = (1 - torch.cosine_similarity(embeddings, theirs, dim=-1)).mean()
+            else:
+                parts["embeddings"] = F.mse_loss(embeddings, theirs)
+        self._embedded = None
+        return parts
+
+    def _embed(self, batch: dict) -> Tensor:
+        """The teacher's embeddings of the batch's texts, once."""
+        if self._embedded is None:
+            self._embedded = self.teacher.embed(batch)
+        return self._embedded
+
+
+def states_error(ours: Tensor, theirs: Tensor, is_relative: bool) -> Tensor:
+    """The squared error of each token's states, `[tokens, hidden]` -> fp32 `[tokens]`.
+
+    Relative to the squared length of the teacher's, or the mean over dimensions.
+    """
+    error, theirs = (ours.float() - theirs.float()).square(), theirs.float()
+    return error.sum(-1) / theirs.square().sum(-1).clamp(min=1e-12) if is_relative else error.mean(-1)
+
+
+def match_layers(student: NVEmbedModel, teacher: NVEmbedModel, layer_map: Sequence[int] | None) -> list[int]:
+    """The teacher's layer for each of the student's but the last, whose states are those behind the pooling layers.
+
+    Raises:
+        ValueError: `layer_map` has another length, or a layer that the teacher does not have.
+    """
+    ours, theirs = (model.config.text_config.num_hidden_layers for model in (student, teacher))
+    if layer_map is None:
+        kept = (student.config.pruning or {}).get("layers")
+        if kept is not None and max(kept) < theirs:
+            return kept[:-1]
+        return [round((i + 1) * theirs / ours) - 1 for i in range(ours - 1)]
+    if len(layer_map) != ours - 1 or not all(0 <= layer < theirs for layer in layer_map):
+        raise ValueError(
+            f"layer_map is {list(layer_map)}; it must have {ours - 1} of the teacher's layers, 0 to {theirs - 1}, one "
+            f"for each of the student's {ours} but the last"
+        )
+    return list(layer_map)
+
+
+def add_projection(student: NVEmbedModel, width: int) -> None:
+    """Gives the student embeddings of another width, by a linear map that is trained and saved with it.
+
+    Raises:
+        ValueError: it has a projection to yet another width.
+    """
+    config = student.config
+    if config.latent_attention_config.projection_dim is not None:
+        raise ValueError(
+            f"the student's embeddings are projected to {config.hidden_size} dimensions and the teacher's have "
+            f"{width}; start from a student without a projection"
+        )
+    config.latent_attention_config.projection_dim = config.hidden_size = width
+    projection = nn.Linear(config.text_config.hidden_size, width, bias=False)
+    nn.init.orthogonal_(projection.weight)
+    student.latent_attention_model.projection = projection.to(student.device, student.dtype)
+
+
+def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_length: int) -> Distillation:
+    """Loads the teacher and, where embeddings of another width are compared, projects the student's to it.
+
+    Raises:
+        ValueError: teacher and student have no measure of those asked for in common, or as `match_layers` and
+            `add_projection`.
+    """
+    if "states" in args.kd_losses:
+        teacher = StatesTeacher(args.teacher, args.teacher_revision, student)
+        width = teacher.model.config.hidden_size
+        layers = match_layers(student, teacher.model, args.layer_map)
+        latent = teacher.model.config.latent_attention_config
+        if width != student.config.hidden_size and latent.projection_dim is not None:
+            raise ValueError(f"the teacher projects its states to {width} dimensions and the student does not")
+    else:
+        model = load_model(args.teacher, args.teacher_revision, max_length)
+        teacher, layers = EmbeddingTeacher(model), []
+        width = model.embed(["one text"], "").shape[1]
+    if "embeddings" in args.kd_losses and width != student.config.hidden_size:
+        add_projection(student, width)
+    return Distillation(args, teacher, layers)
