@@ -830,6 +830,9 @@ class NVEmbedModel(PreTrainedModel):
             raise ValueError(f"{damaged} is cut off or damaged ({error}); download it again") from error
         misshapen = () if may_differ else info["mismatched_keys"]
         check_tensors(source, info["missing_keys"], info["unexpected_keys"], misshapen)
+        if type(getattr(model, "hf_quantizer", None)).__name__ == "TorchAoHfQuantizer":
+            # What transformers 5 does to stored tensors when it loads them need not, and cannot, be reverted to save.
+            model._weight_conversions = []
         if adapter is not None:
             load_adapter(model, adapter, **(hub_options | adapter_options))
         model.tokenizer = tokenizer

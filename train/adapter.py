@@ -16,6 +16,7 @@ from trl import get_peft_config
 from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files
 from nvembed.texts_nvembed import save_tokenizer
 from nvembed.train.arguments import ModelArguments
+from nvembed.train.checkpoints import quantized_by
 from nvembed.train.keep_zeros import keep_zeros_in_lora
 
 
@@ -40,6 +41,11 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
             f"{model_args.model_name_or_path} is an adapter, and training would begin without it: give the merged "
             "checkpoint (the folder that training wrote around it), or merge it first: "
             "PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+        )
+    if quantized_by(model.config) == "torchao":
+        raise ValueError(
+            f"{model_args.model_name_or_path} is quantized by torchao, which is for using it: train the checkpoint "
+            "that it was made from, and quantize the result"
         )
     is_pruned = (model.config.pruning or {}).get("pattern") is not None
     if is_pruned and is_quantized(model):

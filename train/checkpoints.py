@@ -88,13 +88,22 @@ def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[
     """
     check_output_dir(output_dir)
     for name, parameter in model.named_parameters():
-        if not all(part.isfinite().all() for part in stored_parts(parameter.data)):
+        if not all(part.float().isfinite().all() for part in stored_parts(parameter.data)):
             raise ValueError(f"{name} holds NaN or infinity, nothing is saved; training needs a lower learning_rate")
     with staged(output_dir) as partial:
         model.save_pretrained(partial)
-        if getattr(model.config, "quantization_config", None) is None:
+        if quantized_by(model.config) is None:
             check_weights(partial, tensors_of(NVEmbedConfig.from_pretrained(partial)))  # what does not load is not kept
         add_card(partial, write_card)
+
+
+def quantized_by(config: NVEmbedConfig) -> str | None:
+    """The method that a config says the weights are stored by, such as torchao; None: they are not quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+    return getattr(method, "value", method)
 
 
 def stored_parts(tensor: Tensor) -> list[Tensor]:

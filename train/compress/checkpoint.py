@@ -1,12 +1,8 @@
-"""Which checkpoints can be compressed (further), and what they say about it."""
+"""Loads checkpoints that are to be compressed."""
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel
-
-
-def is_compressed(config: NVEmbedConfig) -> bool:
-    """Whether the weights are stored quantized."""
-    return getattr(config, "quantization_config", None) is not None
+from nvembed.train.checkpoints import quantized_by
 
 
 def load_uncompressed(name: str, revision: str | None, purpose: str) -> NVEmbedModel:
@@ -17,11 +13,8 @@ def load_uncompressed(name: str, revision: str | None, purpose: str) -> NVEmbedM
             folded.
     """
     config = NVEmbedConfig.from_pretrained(name, revision=revision)
-    if is_compressed(config):
-        raise ValueError(
-            f"{name} is quantized already ({config.quantization_config['quant_method']}); {purpose} the checkpoint "
-            "that it was made from"
-        )
+    if (method := quantized_by(config)) is not None:
+        raise ValueError(f"{name} is quantized already ({method}); {purpose} the checkpoint that it was made from")
     if config.latent_attention_is_folded and purpose != "quantize":
         raise ValueError(
             f"{name} has a folded latent attention, which cannot be trained again after pruning: {purpose} the "
