@@ -95,7 +95,7 @@ def test_a_checkpoint_loads_everywhere_with_the_same_embeddings(
     assert torch.allclose(resaved.encode(TEXTS, "Find it", 64), quantized, atol=1e-5)
     under_st = SentenceTransformer(str(folder), trust_remote_code=True).encode(TEXTS, prompt="Find it")
     assert torch.allclose(torch.from_numpy(under_st), quantized, atol=1e-5)
-    assert (torch.cosine_similarity(dense, quantized) > (0.98 if "float8" in str(options) else 0.999)).all()
+    assert (torch.cosine_similarity(dense, quantized) > (0.95 if "float8" in str(options) else 0.999)).all()
     folded = again.eval().fold_latent_attention()
     assert torch.allclose(folded.encode(TEXTS, "Find it", 64), quantized, atol=1e-4)
 

@@ -1,0 +1,287 @@
+"""Distillation: each part of the loss against its definition, and students trained by the script."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+
+from nvembed import NVEmbedModel
+from nvembed.eval.models import load_model
+from nvembed.eval.vectors import VectorShards
+from nvembed.train.arguments import DistillArguments
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.blend import Blend
+from nvembed.train.data.source import DatasetSource
+from nvembed.train.distillation import (
+    Distillation,
+    add_projection,
+    match_layers,
+    states_error,
+)
+from nvembed.train.gradient_cache import embed_and_observe
+from nvembed.train.losses import TeacherScores, contrast
+from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, cache_embeddings
+from tests.conftest import SENTENCES, randomize
+from tests.triplets import prepare, write_jsonl
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def teacher_dir(model, tmp_path) -> Path:
+    """The tiny checkpoint with random latents, saved."""
+    model.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def student(teacher_dir) -> NVEmbedModel:
+    """The teacher, moved a little."""
+    student = NVEmbedModel.from_pretrained(teacher_dir)
+    randomize(student, std=0.05, seed=2)
+    return student
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    rows = [{"query": t, "positive": t.lower(), "negatives": [SENTENCES[i - 1]]} for i, t in enumerate(SENTENCES)]
+    return write_jsonl(tmp_path / "triplets.jsonl", rows)
+
+
+@pytest.fixture
+def batch(student, data) -> dict:
+    rows = prepare([DatasetSource(data, instruction="Find it")], 1)
+    return TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=40)(list(rows))
+
+
+def arguments(tmp_path, **options) -> DistillArguments:
+    return DistillArguments(str(tmp_path / "out"), use_cpu=True, report_to="none", teacher="t", **options)
+
+
+@pytest.mark.parametrize("error", ["relative", "absolute"])
+def test_states_are_compared_layer_by_layer_and_behind_the_latents(student, model, teacher_dir, batch, tmp_path, error):
+    """Against one text at a time, over chunks, with the unfolded teacher."""
+    args = arguments(tmp_path, states_error=error)
+    distillation = Distillation(args, StatesTeacher(str(teacher_dir), None, student), [0, 1])
+    assert len(batch["chunks"]) > 2
+    embeddings, observed = embed_and_observe(student, batch["chunks"], distillation.observer(batch))
+    total, tokens = 0.0, 0
+    for chunk in batch["chunks"]:
+        for ids in chunk["input_ids"].split(chunk["lengths"]):
+            with torch.no_grad():
+                ours, theirs = (m(ids[None], output_hidden_states=True) for m in (student, model))
+            states = [(ours.hidden_states[i], theirs.hidden_states[i]) for i in (1, 2)]
+            for x, y in (*states, (ours.last_hidden_state, theirs.last_hidden_state)):
+                for a, b in zip(x[0].double(), y[0].double()):
+                    squared = (a - b).square()
+                    total += float(squared.sum() / b.square().sum() if error == "relative" else squared.mean())
+            tokens += len(ids)
+    assert observed.item() == pytest.approx(total / tokens, rel=1e-4)
+    parts = distillation.losses(batch, embeddings, observed, contrast_of(embeddings, batch))
+    assert list(parts) == ["states"]
+    observed.backward()
+    assert student.embedding_model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+def contrast_of(embeddings, batch, teacher=None, **options):
+    passages = embeddings[batch["passage_index"]]
+    ids = batch["query_ids"], batch["passage_ids"]
+    return contrast(embeddings[batch["query_index"]], passages, *ids, teacher=teacher, **options)
+
+
+def test_gradients_do_not_depend_on_the_chunks(student, teacher_dir, data, tmp_path):
+    rows = list(prepare([DatasetSource(data, instruction="Find it")], 1))
+    gradients = []
+    for tokens in (None, 40):
+        batch = TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=tokens)(rows)
+        distillation = Distillation(arguments(tmp_path), StatesTeacher(str(teacher_dir), None, student), [0, 1])
+        student.zero_grad()
+        embeddings, observed = embed_and_observe(student, batch["chunks"], distillation.observer(batch))
+        (observed + contrast_of(embeddings, batch).losses.mean()).backward()
+        gradients.append(student.embedding_model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_student_that_is_its_teacher_lacks_nothing(teacher_dir, data, tmp_path):
+    student = NVEmbedModel.from_pretrained(teacher_dir)
+    rows = list(prepare([DatasetSource(data, instruction="Find it")], 1))
+    batch = TripletCollator(student.tokenizer, student.config, 32, 1)(rows)
+    args = arguments(tmp_path, kd_losses=["states", "scores", "embeddings"])
+    distillation = Distillation(args, StatesTeacher(str(teacher_dir), None, student), [0, 1])
+    embeddings, observed = embed_and_observe(student, batch["chunks"], distillation.observer(batch))
+    rows = contrast_of(embeddings, batch, distillation.scores(batch))
+    parts = distillation.losses(batch, embeddings, observed, rows)
+    assert set(parts) == {"states", "scores", "embeddings"}
+    assert all(part.item() == pytest.approx(0, abs=1e-5) for part in parts.values())
+
+
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+def test_scores_are_a_kullback_leibler_divergence_over_the_candidates(in_batch_negatives):
+    torch.manual_seed(0)
+    queries, passages = F.normalize(torch.randn(5, 8), dim=-1), F.normalize(torch.randn(5, 3, 8), dim=-1)
+    queries.requires_grad_()
+    theirs = F.normalize(torch.randn(5, 4), dim=-1), F.normalize(torch.randn(5, 3, 4), dim=-1)
+    query_ids, passage_ids = torch.arange(5), torch.arange(10, 25).view(5, 3)
+    passage_ids[2, 2] = -1  # an empty slot
+    passage_ids[3, 1] = passage_ids[3, 0]  # the positive again
+    options = {"temperature": 0.1, "in_batch_negatives": in_batch_negatives}
+    found = contrast(queries, passages, query_ids, passage_ids, **options, teacher=TeacherScores(*theirs, 0.2))
+    for row in range(5):
+        target = passage_ids[row, 0].item()
+        slots = [(r, j) for r in (range(5) if in_batch_negatives else [row]) for j in range(3)]
+        left = [(r, j) for r, j in slots if (r, j) == (row, 0) or passage_ids[r, j] not in (-1, target)]
+        ours = torch.tensor([queries[row] @ passages[r, j] / 0.1 for r, j in left]).double().log_softmax(0)
+        other = torch.tensor([theirs[0][row] @ theirs[1][r, j] / 0.2 for r, j in left]).double().log_softmax(0)
+        expected = (other.exp() * (other - ours)).sum().item()
+        assert found.divergence[row].item() == pytest.approx(expected, rel=1e-4)
+    found.divergence.sum().backward()
+    assert queries.grad.isfinite().all() and queries.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_embeddings_are_compared_text_by_text(student, teacher_dir, batch, tmp_path, distance):
+    args = arguments(tmp_path, kd_losses=["embeddings"], embedding_distance=distance)
+    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
+    distillation = Distillation(args, teacher)
+    embeddings, observed = embed_and_observe(student, batch["chunks"], distillation.observer(batch))
+    assert observed is None
+    part = distillation.losses(batch, embeddings, None, contrast_of(embeddings, batch))["embeddings"]
+    model, errors = NVEmbedModel.from_pretrained(teacher_dir), []
+    for (instruction, text), ours in zip(batch["texts"], embeddings.detach()):
+        theirs = model.encode([text], instruction, 32)[0]
+        errors.append((1 - ours @ theirs if distance == "cosine" else (ours - theirs).square().mean()).item())
+    assert part.item() == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=1e-6)
+
+
+def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(student, teacher_dir, data, batch, tmp_path):
+    blend = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
+    model, folder = load_model(str(teacher_dir), max_length=32), tmp_path / "cache"
+    cache_embeddings(folder, model, blend, 1)
+    cached = EmbeddingTeacher(model)
+    expected = cached.embed(batch)
+    cached.read(VectorShards(folder))
+    cached.model = None  # not asked any more
+    assert torch.allclose(cached.embed(batch), expected, atol=1e-6)
+    stamp = (folder / "00000" / "vectors.npy").stat().st_mtime_ns
+    cache_embeddings(folder, model, blend, 1)
+    assert (folder / "00000" / "vectors.npy").stat().st_mtime_ns == stamp
+    batch["texts"][0] = ("", "a text that is nowhere")
+    with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
+        cached.embed(batch)
+    randomize(student, seed=3)
+    student.save_pretrained(tmp_path / "other" / "teacher")
+    other = load_model(str(tmp_path / "other" / "teacher"), max_length=32)
+    with pytest.raises(ValueError, match="revision"):
+        cache_embeddings(folder, other, blend, 1)
+    more = Blend([prepare([DatasetSource(data, instruction="Another")], 1)], 8)
+    with pytest.raises(ValueError, match="texts"):
+        cache_embeddings(folder, model, more, 1)
+
+
+def test_layers_are_mapped(student, model):
+    assert match_layers(student, model, None) == [0, 1]
+    assert match_layers(student, model, [1, 2]) == [1, 2]
+    student.config.pruning = {"layers": [0, 2]}
+    student.config.text_config.num_hidden_layers = 2
+    assert match_layers(student, model, None) == [0]
+    student.config.pruning = None
+    assert match_layers(student, model, None) == [1]
+    for wrong in ([0, 1], [3]):
+        with pytest.raises(ValueError, match="layer_map"):
+            match_layers(student, model, wrong)
+
+
+def test_a_projection_is_saved_with_the_student(student, tmp_path, encode_without_nvembed):
+    add_projection(student, 20)
+    embeddings = student.encode(SENTENCES[:3])
+    assert embeddings.shape == (3, 20)
+    student.save_pretrained(tmp_path / "projected")
+    again = NVEmbedModel.from_pretrained(tmp_path / "projected")
+    assert again.config.hidden_size == 20 and torch.allclose(again.encode(SENTENCES[:3]), embeddings, atol=1e-6)
+    elsewhere, _ = encode_without_nvembed(tmp_path / "projected", SENTENCES[:3], "", 64)
+    assert torch.allclose(elsewhere, embeddings, atol=1e-6)
+    under_st = SentenceTransformer(str(tmp_path / "projected"), trust_remote_code=True)
+    assert under_st.get_sentence_embedding_dimension() == 20
+    assert torch.allclose(torch.from_numpy(under_st.encode(SENTENCES[:3])), embeddings, atol=1e-5)
+    folded = NVEmbedModel.from_pretrained(tmp_path / "projected").eval().fold_latent_attention()
+    assert torch.allclose(folded.encode(SENTENCES[:3]), embeddings, atol=1e-5)
+    with pytest.raises(ValueError, match="without a projection"):
+        add_projection(again, 24)
+
+
+def test_states_error_of_equal_states_is_zero():
+    x = torch.randn(4, 8)
+    assert states_error(x, x, True).tolist() == [0] * 4
+    assert torch.allclose(states_error(2 * x, x, True), torch.ones(4))
+
+
+def test_teachers_without_a_common_measure_are_refused(student, teacher_dir, tmp_path):
+    student.config.add_eos = not student.config.add_eos
+    with pytest.raises(ValueError, match="reads texts as other tokens"):
+        StatesTeacher(str(teacher_dir), None, student)
+    student.config.add_eos = not student.config.add_eos
+    student.config.text_config.hidden_size = 16
+    with pytest.raises(ValueError, match="are 32 wide and the student's 16"):
+        StatesTeacher(str(teacher_dir), None, student)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None}, "teacher is missing"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"contrastive_weight": -1.0}, "contrastive_weight"),
+        ({"kd_losses": ["logits"]}, "states, scores, embeddings"),
+        ({"kd_losses": []}, "states, scores, embeddings"),
+        ({"teacher_cache": "x"}, "leave one out"),
+        ({"teacher_temperature": 0.1}, "kd_losses has no scores"),
+        ({"kd_losses": ["scores"], "layer_map": [1]}, "kd_losses has no states"),
+        ({"kd_losses": ["scores"], "teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillArguments(**({"output_dir": str(tmp_path), "teacher": "t", "use_cpu": True} | options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--kd_losses", "scores", "embeddings", "--teacher_cache", "CACHE", "--contrastive_weight", "0"],
+        ["--matryoshka_dims", "8", "16", "--matryoshka_weights", "1", "0.5", "--kd_losses", "scores", "states"],
+    ],
+)
+def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, data, tmp_path, options):
+    student.save_pretrained(tmp_path / "student")
+    options = [str(tmp_path / "cache") if option == "CACHE" else option for option in options]
+    command = [
+        sys.executable, ROOT / "train/distill.py", "--model_name_or_path", tmp_path / "student", "--teacher", teacher_dir,
+        "--datasets", data, "--instruction", "Find it", "--num_negatives", "1", "--max_length", "32",
+        "--output_dir", tmp_path / "out", "--per_device_train_batch_size", "8", "--max_steps", "30", "--use_cpu",
+        "--learning_rate", "0.003", "--warmup_steps", "0", "--logging_steps", "5", "--report_to", "none",
+        "--lora_dropout", "0", *options,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    history = (
+        json.loads((tmp_path / "out" / "log_history.json").read_text())
+        if (tmp_path / "out" / "log_history.json").is_file()
+        else None
+    )
+    certificate = json.loads((tmp_path / "out" / "training_data.json").read_text())
+    assert certificate["stages"][-1]["stage"] == "distill" and certificate["stages"][-1]["teacher"]["name"] == "teacher"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `teacher` |" in card and "| `alpha` | 1.0 |" in card
+    before, teacher, after = (
+        NVEmbedModel.from_pretrained(tmp_path / name).encode(SENTENCES) for name in ("student", "teacher", "out")
+    )
+    towards = [F.cosine_similarity(x, teacher).mean().item() for x in (before, after)]
+    assert towards[1] > towards[0]
