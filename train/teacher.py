@@ -1,6 +1,7 @@
 """The model that a student is distilled from: its states on the student's tokens, or its embeddings of the texts."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nvembed.eval.files import text_id
+from nvembed.eval.files import text_id, write_json
 from nvembed.eval.models import LoadedModel
-from nvembed.eval.results import claim_folder
 from nvembed.eval.vectors import MadeFrom, VectorShards, embed_shards
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
 from nvembed.texts_nvembed import format_instruction
@@ -145,5 +145,25 @@ def cache_embeddings(folder: Path, model: LoadedModel, blend: Blend, num_negativ
     ids = [str(pair_id(*pair)) for pair in pairs]
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
     made_from = MadeFrom(model.name, model.revision, OWN_INSTRUCTION, model.max_length, digest)
-    claim_folder(str(folder), asdict(made_from), {})
+    claim_cache(folder, asdict(made_from))
     embed_shards(lambda part, _: embed_texts(model, part), ids, pairs, folder, made_from)
+
+
+def claim_cache(folder: Path, made_from: dict) -> None:
+    """Marks a folder as this teacher's and these texts' before anything is in it.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    file = folder / "made_from.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, made_from)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in made_from.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"teacher_cache {folder} was made with {name} {before.get(name)!r}, and this run has {value!r}: name "
+                "another folder, or remove it"
+            )

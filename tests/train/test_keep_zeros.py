@@ -32,8 +32,8 @@ def zeros_of(model) -> list[torch.Tensor]:
 def train(model, tmp_path, **options):
     rows = [
         {
-            "query": text, "positive": text.lower(), "negatives": [SENTENCES[i - 1]], "instruction": "", "symmetric": False,
-            "dataset": "d",
+            "query": text, "positive": text.lower(), "negatives": [SENTENCES[i - 1]], "instruction": "",
+            "symmetric": False, "dataset": "d",
         }
         for i, text in enumerate(SENTENCES)
     ]  # fmt: skip

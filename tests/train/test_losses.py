@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nvembed.train.collator import text_id
-from nvembed.train.losses import NO_TEXT, contrast, is_negative
+from nvembed.train.losses import NO_TEXT, contrast, is_negative, matryoshka_contrast
 
 
 TEMPERATURE = 0.05
@@ -209,3 +210,19 @@ def test_bad_arguments_are_named():
         mean_loss(queries, passages, *identities(*texts), temperature=0)
     with pytest.raises(ValueError, match=r"queries \(5, 10\), passages \(6, 3, 10\)"):
         mean_loss(queries[:5], passages, *identities(*texts))
+
+
+def test_matryoshka_is_the_weighted_mean_over_prefixes():
+    torch.manual_seed(0)
+    queries, passages = F.normalize(torch.randn(4, 12), dim=-1), F.normalize(torch.randn(4, 3, 12), dim=-1)
+    ids = torch.arange(4), torch.arange(10, 22).view(4, 3)
+    found = matryoshka_contrast(queries, passages, {4: 0.5, 8: 2.0}, *ids, temperature=0.1)
+    expected = torch.zeros(4)
+    for width, weight in ((4, 0.5), (8, 2.0), (12, 1.0)):
+        q, p = F.normalize(queries[:, :width], dim=-1), F.normalize(passages[..., :width], dim=-1)
+        logits = q @ p.flatten(0, 1).T / 0.1
+        expected += weight * F.cross_entropy(logits, torch.arange(4) * 3, reduction="none") / 3.5
+    assert torch.allclose(found.losses, expected, atol=1e-6)
+    whole = contrast(queries, passages, *ids, temperature=0.1)
+    assert torch.equal(found.positive, whole.positive) and torch.equal(found.hardest_negative, whole.hardest_negative)
+    assert torch.equal(matryoshka_contrast(queries, passages, {}, *ids, temperature=0.1).losses, whole.losses)
