@@ -48,3 +48,42 @@ class TaskEncoder(AbsEncoder):
             return self.prompts.get(get_prompt_name(self.prompts, task_metadata, prompt_type) or "default", "")
         instruction = self.instructions[task_metadata.name]
         return format_instruction(instruction.document if prompt_type is PromptType.document else instruction.query)
+
+
+QUERY = "\0query\0"  # begins the prefix of what another model embeds; no text has such characters
+
+
+class AsymmetricEncoder(TaskEncoder):
+    """A `TaskEncoder` whose queries are for another model than its documents: to be used with `routed`."""
+
+    def __init__(
+        self, documents: LoadedModel, queries: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]
+    ):
+        super().__init__(documents, embed, instructions)
+        self.of_queries = TaskEncoder(queries, embed, instructions)
+
+    def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
+        if prompt_type is PromptType.query:
+            return QUERY + self.of_queries.prefix(task_metadata, prompt_type)
+        return super().prefix(task_metadata, prompt_type)
+
+
+def routed(documents: LoadedModel, queries: LoadedModel) -> Embed:
+    """An `Embed` that gives an `AsymmetricEncoder`'s texts to the model they are for.
+
+    Raises:
+        ValueError: their embeddings are of different widths, so they are not of one space.
+    """
+    widths = [model.embed(["one text"], "").shape[1] for model in (documents, queries)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{documents.name} gives embeddings of {widths[0]} dimensions and query_model {queries.name} of "
+            f"{widths[1]}: it must be trained into the other's space (train/distill.py, kd_losses: embeddings)"
+        )
+
+    def embed(texts: list[str], prefix: str) -> np.ndarray:
+        if prefix.startswith(QUERY):
+            return queries.embed(texts, prefix.removeprefix(QUERY))
+        return documents.embed(texts, prefix)
+
+    return embed

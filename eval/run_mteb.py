@@ -2,17 +2,23 @@
 
 python eval/run_mteb.py --model DIR_OR_REPO --tasks "MTEB(eng, v1)" --output_dir OUT
 accelerate launch eval/run_mteb.py --model DIR_OR_REPO --tasks SciFact my-tasks.yaml --output_dir OUT
+
+With --query_model, a second model of the same space (a student of `train/distill.py --kd_losses embeddings`) embeds the
+queries of retrieval tasks, and `--model` their documents.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import mteb
 from mteb import ResultCache
+from mteb.abstasks import AbsTask
 
 from nvembed.eval import results
 from nvembed.eval.arguments import EvaluationArguments, run_script
-from nvembed.eval.encoder import TaskEncoder
+from nvembed.eval.encoder import AsymmetricEncoder, TaskEncoder, routed
 from nvembed.eval.measure import is_measured, measure
+from nvembed.eval.models import LoadedModel
 from nvembed.eval.processes import split_over_processes
 from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 from nvembed.eval.training_data import read_training_data
@@ -24,6 +30,16 @@ class MtebArguments(EvaluationArguments):
         default_factory=lambda: [PAPER_BENCHMARK],
         metadata={"help": "Benchmarks or tasks of mteb, or YAML files that name folders of your own."},
     )
+    query_model: str | None = field(
+        default=None, metadata={"help": "Another model for the queries of retrieval tasks; `model` embeds documents."}
+    )
+    query_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a query_model's."})
+
+    def load_query_model(self) -> LoadedModel | None:
+        """As `load_model`, with the settings of `model`."""
+        if self.query_model is None:
+            return None
+        return replace(self, model=self.query_model, revision=self.query_revision).load()
 
 
 def run(args: MtebArguments) -> dict | None:
@@ -35,18 +51,24 @@ def run(args: MtebArguments) -> dict | None:
     """
     tasks = select_tasks(args.tasks)
     certificate = read_training_data(args.model, args.revision)
+    queries = args.load_query_model()
+    if queries is not None:
+        check_retrieval(tasks)
     model = args.load()
-    with split_over_processes(model.embed) as embed:
+    with split_over_processes(model.embed if queries is None else routed(model, queries)) as embed:
         if embed is None:
             return None
-        instructions = instructions_for(tasks) if model.prompts is None else {}
+        instructions = instructions_for(tasks) if None in (model.prompts, queries and queries.prompts) else {}
         settings = args.settings(model) | {"mteb": mteb.__version__}
+        encoder = TaskEncoder(model, embed, instructions)
+        if queries is not None:
+            settings |= {"query_model": queries.name, "query_revision": queries.revision}
+            encoder = AsymmetricEncoder(model, queries, embed, instructions)
         known = {task.metadata.name: task for task in with_parts(tasks)}
         decisive = {name: results.conditions(task, instructions.get(name)) for name, task in known.items()}
         folder = results.claim_folder(args.output_dir, settings, decisive)
         cache = ResultCache(folder)
         results.check_cached(cache, model, known.values())
-        encoder = TaskEncoder(model, embed, instructions)
         if kept := sum(is_measured(task, encoder, cache) for task in tasks):
             print(f"{kept} of {len(tasks)} tasks were measured before")
         measured = measure(tasks, encoder, cache)
@@ -56,6 +78,13 @@ def run(args: MtebArguments) -> dict | None:
         print(f"\n{model.name} at {model.revision}, {model.max_length} tokens, percent")
         print(results.score_table(summary, seconds))
         return summary
+
+
+def check_retrieval(tasks: Sequence[AbsTask]) -> None:
+    """Raises a `ValueError` if a task does not tell queries from documents."""
+    for task in tasks:
+        if task.metadata.type != "Retrieval":
+            raise ValueError(f"query_model is for retrieval, and {task.metadata.name} is {task.metadata.type}")
 
 
 if __name__ == "__main__":

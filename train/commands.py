@@ -16,13 +16,17 @@ TRAININGS = ("stage1.py", "stage2.py", "distill.py")
 
 
 def launch(script: str, *arguments: str) -> None:
-    """Runs a training script through `accelerate launch`, on all cores of this machine.
+    """Runs a training script through `accelerate launch`, on all cores that this process may use.
 
     Raises:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
+    accelerate += [
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        f"--num_cpu_threads_per_process={len(os.sched_getaffinity(0))}",
+    ]
     subprocess.run([*accelerate, script, *arguments], check=True)
 
 
