@@ -54,7 +54,6 @@ def run_script(name: str, arguments: type[EvaluationArguments], run: Callable[[A
     """Runs `run` with the command line's arguments; errors in them, or in the data, are reported in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
     (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
     try:
         return run(args)

@@ -1,0 +1,4 @@
+from nvembed.eval.quiet import quiet_imports
+
+
+quiet_imports()

@@ -6,7 +6,6 @@ python train/build_data.py --list
 Run it again to resume. What it writes is described in docs/data.md; training reads it with `data_dir:`.
 """
 
-import logging
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -123,7 +122,6 @@ def run(args: BuildArguments) -> dict:
 
 
 def main() -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that nothing here uses
     (args,) = HfArgumentParser(BuildArguments, description=__doc__).parse_args_into_dataclasses()
     if args.list:
         print(list_sets())
