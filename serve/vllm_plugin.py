@@ -34,8 +34,8 @@ class NVEmbedChecks(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config) -> None:
         """
         Raises:
-            ValueError: this is another vLLM than the plugin was written for, or the checkpoint's tokenizer does not
-                append `</s>` by itself.
+            ValueError: this is another vLLM than the plugin was written for, the checkpoint's tokenizer does not append
+                `</s>` by itself, or its weights are quantized.
         """
         config = model_config.hf_config
         if not vllm.__version__.startswith(VERSION):
@@ -48,6 +48,11 @@ class NVEmbedChecks(VerifyAndUpdateConfig):
                 f"{model_config.model}: encode() appends </s> to every text (add_eos), and its tokenizer does not, so "
                 "vLLM would embed other texts. Write a checkpoint whose tokenizer does: "
                 "train/init_checkpoint.py --from_released ... --tokenizer_adds_eos"
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{model_config.model}: its weights are stored in 8 bits (train/compress/quantize.py), which this "
+                "plugin does not load: serve the checkpoint that it was made from"
             )
         config.is_causal = config.mask_type == "c"
         config.is_matryoshka = True  # `dimensions` is `truncate_dim` of `encode`

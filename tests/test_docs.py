@@ -30,6 +30,10 @@ NOT_RUN = {
     '.venv/bin/python eval/run_mteb.py --model runs/mine --tasks "MTEB': "data from the Hub, hours",
     ".venv/bin/python eval/run_mteb.py --model nvidia": "16 GB and data from the Hub",
     ".venv/bin/python eval/speed/encode.py": "minutes; tests/eval/test_speed.py: small sizes",
+    ".venv/bin/python train/compress/ladder.py compress": "../shared/data; test_ladder.py",
+    ".venv/bin/python train/compress/prune.py --config query-encoder": "a trained checkpoint and ../shared/data",
+    ".venv/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process 2 train/distill.py --config": "data",
+    ".venv/bin/python eval/run_mteb.py --model runs/all-MiniLM": "likewise; tests/eval/test_query_model.py",
     "accelerate launch -m nvembed.train.stage1": "tests/test_package.py runs it with small sizes",
     ".venv/bin/python train/data/synthesize.py": "an endpoint; tests/train/data/test_synthesize.py has one of its own",
 }

@@ -21,7 +21,7 @@ from transformers import AutoModel, HfArgumentParser, LlamaConfig, PretrainedCon
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel, rope_settings
 from nvembed.texts_nvembed import save_tokenizer
-from nvembed.train.checkpoints import check_output_dir, staged
+from nvembed.train.checkpoints import check_output_dir, quantized_by, staged
 from nvembed.train.released import append_eos
 
 
@@ -49,8 +49,16 @@ class ExportArguments:
 def check_exportable(config: NVEmbedConfig, name: str, pool_instructions: bool) -> None:
     """
     Raises:
-        ValueError: the pooling is none of stock engines', or they would pool what the model was trained to leave out.
+        ValueError: it is quantized, its embeddings are projected, the pooling is none of stock engines', or they would
+            pool what the model was trained to leave out.
     """
+    if (method := quantized_by(config)) is not None:
+        raise ValueError(f"{name} is quantized ({method}): export the checkpoint that it was made from")
+    if config.latent_attention_config.projection_dim is not None:
+        raise ValueError(
+            f"{name} projects its embeddings to {config.hidden_size} dimensions (projection_dim), which this export "
+            "has no module for: serve it in vLLM by our plugin, see docs/serving.md"
+        )
     if config.pooling_type not in MODE_OF:
         raise ValueError(
             f"{name} has pooling_type {config.pooling_type!r}, which stock engines do not have; they have "

@@ -5,9 +5,9 @@
 
 Every step is the command that one would run by hand, with the settings under its name in the recipe. A step that is
 done is not run again, a training that was stopped goes on, and tasks that were measured are kept. `ladder:` in the
-recipe holds `output_dir`, the `steps`, the `tasks` to measure and their `max_length`. Writes LADDER.md, ladder.json and
-ladder.png there: score, bytes on disk, memory and texts per second of the checkpoint that the ladder starts from and of
-each step's.
+recipe holds `output_dir`, the `steps`, the `tasks` to measure, their `max_length`, and the `rounds` of measuring speed.
+Writes LADDER.md, ladder.json and ladder.png there: score, bytes on disk, memory and texts per second of the checkpoint
+that the ladder starts from and of each step's.
 """
 
 import argparse
@@ -45,6 +45,7 @@ class Ladder:
         output_dir: for the results.
         tasks: what `eval/run_mteb.py` takes.
         max_length: tokens of a text there.
+        rounds: how often size and speed are measured.
     """
 
     recipe: Path
@@ -53,6 +54,7 @@ class Ladder:
     output_dir: Path
     tasks: list[str]
     max_length: int
+    rounds: int
 
     @classmethod
     def read(cls, name: str) -> "Ladder":
@@ -80,7 +82,8 @@ class Ladder:
         tasks = [tasks] if isinstance(tasks, str) else tasks
         tasks = [str(file.parent / task) if (file.parent / task).is_file() else task for task in tasks]
         paths = {step: Path(folder) for step, folder in steps.items()}
-        return cls(file, next(iter(begins.values())), paths, output_dir, tasks, ladder.get("max_length", 512))
+        options = ladder.get("max_length", 512), ladder.get("rounds", 3)
+        return cls(file, next(iter(begins.values())), paths, output_dir, tasks, *options)
 
     @property
     def rungs(self) -> dict[str, str]:
@@ -103,7 +106,8 @@ def climb(ladder: Ladder) -> list[dict]:
         options = ("--max_length", str(ladder.max_length))
         scores = score(checkpoint, ladder.tasks, ladder.output_dir / "scores" / name, *options)
         results.append({"rung": name, "checkpoint": checkpoint, "scores": scores})
-    costs = run(str(ROOT / "eval/speed/checkpoints.py"), *ladder.rungs.values()).splitlines()
+    rounds = ("--rounds", str(ladder.rounds))
+    costs = run(str(ROOT / "eval/speed/checkpoints.py"), *ladder.rungs.values(), *rounds).splitlines()
     for result, cost in zip(results, map(json.loads, costs), strict=True):
         result |= {name: value for name, value in cost.items() if name != "checkpoint"}
     return results
