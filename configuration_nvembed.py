@@ -146,6 +146,11 @@ class NVEmbedConfig(PretrainedConfig):
         self.max_seq_length = max_seq_length or self.max_position_embeddings
         super().__init__(**kwargs)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether single weights of the decoder were set to zero, by `pruning`."""
+        return (self.pruning or {}).get("pattern") is not None
+
 
 def _as_config(value: PretrainedConfig | dict | None, config_class: type[PretrainedConfig]) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):

@@ -962,7 +962,7 @@ def load_adapter(model: NVEmbedModel, adapter: str, **hub_options) -> None:
         ValueError: the adapter has no weights file, tensors are missing or unknown for this base, or the base is
             pruned.
     """
-    if (model.config.pruning or {}).get("pattern") is not None:
+    if model.config.is_sparse:
         raise ValueError(
             f"{adapter} is an adapter of a pruned base, trained to leave its zeros alone, and loading it would fill "
             "them: load the merged checkpoint that the training wrote"

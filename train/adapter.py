@@ -47,8 +47,7 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
             f"{model_args.model_name_or_path} is quantized by torchao, which is for using it: train the checkpoint "
             "that it was made from, and quantize the result"
         )
-    is_pruned = (model.config.pruning or {}).get("pattern") is not None
-    if is_pruned and is_quantized(model):
+    if model.config.is_sparse and is_quantized(model):
         raise ValueError(
             f"{model_args.model_name_or_path} is pruned, and load_in_4bit or load_in_8bit would round its zeros, which "
             "would not stay: train without, and quantize afterwards (train/compress/quantize.py)"
@@ -61,7 +60,7 @@ def add_adapter(model: NVEmbedModel, model_args: ModelArguments) -> NVEmbedModel
     if config is None:
         return model.float()  # as below: full fine-tuning in bf16 would lose small updates
     resolve_modules(model, config)
-    if is_pruned:
+    if model.config.is_sparse:
         keep_zeros_in_lora(config)
     model.latent_attention_model.float()  # bf16 weights would lose updates of the size of the paper's learning rate
     adapted = get_peft_model(model, config)

@@ -5,7 +5,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvembed.eval.files import write_json
@@ -13,6 +14,18 @@ from nvembed.eval.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = ("stage1.py", "stage2.py", "distill.py")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """For a script's `main`: ends it with the message of what is wrong with its settings or its data."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    except subprocess.CalledProcessError as error:
+        script = next((part for part in map(str, error.cmd) if part.endswith(".py")), error.cmd[0])
+        sys.exit(f"{Path(sys.argv[0]).stem}: {script} failed; its error is above")
 
 
 def launch(script: str, *arguments: str) -> None:

@@ -146,7 +146,7 @@ def check_sizes(model_args: ModelArguments, training_args: StageArguments, confi
                 f"matryoshka_dims has {width} and the embeddings have {config.hidden_size} dimensions, which are "
                 "trained in any case: give numbers below"
             )
-    if training_args.push_adapter and (config.pruning or {}).get("pattern") is not None:
+    if training_args.push_adapter and config.is_sparse:
         raise ValueError(
             f"push_adapter: {model_args.model_name_or_path} is pruned, and others would load an adapter of it without "
             "its zeros: leave it out, the merged checkpoint has them"

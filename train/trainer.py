@@ -81,7 +81,7 @@ class EmbeddingTrainer(Trainer):
         self.add_callback(ReturnFreedMemory())
         self.add_callback(CurrentIntervals())
         self.add_callback(LogHistory())
-        if not isinstance(self.model, PeftModel) and (self.model.config.pruning or {}).get("pattern") is not None:
+        if not isinstance(self.model, PeftModel) and self.model.config.is_sparse:
             self.add_callback(KeepZeros(self.model.embedding_model))
         self._record, self._distillation = record, distillation
         self._checkpoint_folder: str | None = None

@@ -1,7 +1,7 @@
 """What the decoder's matrices get to see: real triplets, packed as in training, walked through one layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,9 +55,12 @@ def calibration_chunks(args: CalibrationArguments, model: NVEmbedModel) -> list[
     check_sources(args.datasets)
     for source in args.datasets:
         check_exists(source)
+    # No more of a set than could be needed: of the paper's, mining all would take hours.
+    limits = (min(source.samples or args.calibration_samples, args.calibration_samples) for source in args.datasets)
+    sources = [replace(source, samples=limit) for source, limit in zip(args.datasets, limits)]
     with TemporaryDirectory() as name:
-        write_tables(Path(name, "triplets"), args.datasets, args.num_negatives, args.seed, args.instruction)
-        tables = read_tables(Path(name, "triplets"), args.datasets)
+        write_tables(Path(name, "triplets"), sources, args.num_negatives, args.seed, args.instruction)
+        tables = read_tables(Path(name, "triplets"), sources)
         found = sum(map(len, tables))
         if found < args.calibration_samples:
             raise ValueError(

@@ -17,7 +17,7 @@ import yaml
 from nvembed.eval.files import sha256, write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.train.arguments import find_recipe
-from nvembed.train.commands import make_checkpoint, score
+from nvembed.train.commands import errors_in_one_line, make_checkpoint, score
 from nvembed.train.compress.solvers import METHODS
 
 
@@ -84,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from nvembed.eval.files import sha256, write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.train.arguments import find_recipe
-from nvembed.train.commands import ROOT, make_checkpoint, run, score
+from nvembed.train.commands import ROOT, errors_in_one_line, make_checkpoint, run, score
 
 
 SCRIPTS = {
@@ -163,4 +163,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

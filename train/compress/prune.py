@@ -23,6 +23,7 @@ from nvembed.train.arguments import RecipeParser
 from nvembed.train.card import continue_card
 from nvembed.train.certificate import copy_certificate
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.solvers import METHODS, relative_error
@@ -197,4 +198,5 @@ def describe(args: PruneArguments, model: NVEmbedModel, report: list[dict]) -> s
 
 
 if __name__ == "__main__":
-    main(*RecipeParser(PruneArguments).parse_args_and_config())
+    with errors_in_one_line():
+        main(*RecipeParser(PruneArguments).parse_args_and_config())

@@ -36,6 +36,7 @@ from nvembed.train.arguments import RecipeParser
 from nvembed.train.card import continue_card
 from nvembed.train.certificate import copy_certificate
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.prune import report_table
@@ -209,4 +210,5 @@ def main(args: QuantizeArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*RecipeParser(QuantizeArguments).parse_args_and_config())
+    with errors_in_one_line():
+        main(*RecipeParser(QuantizeArguments).parse_args_and_config())

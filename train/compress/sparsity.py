@@ -95,7 +95,7 @@ def decoder_matrices(decoder: nn.Module) -> dict[str, nn.Linear]:
 
 def check_pattern(decoder: nn.Module, pruning: dict | None) -> None:
     """Raises a `ValueError` if a checkpoint's matrices do not have the pattern that its config says (`pruning`)."""
-    if pruning is None:
+    if (pruning or {}).get("pattern") is None:
         return
     pattern = Pattern.parse(pruning["pattern"], pruning["sparsity"])
     for name, module in decoder_matrices(decoder).items():
