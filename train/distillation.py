@@ -14,7 +14,7 @@ from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
 
 
 class Distillation:
-    """The teacher's part of the loss of a batch; each part is a mean over tokens, rows or texts.
+    """The teacher's part of the loss of a batch; each part is a mean over the tokens, rows or texts of a process.
 
     - states: the squared error of the states after each layer but the last, summed over layers, and of the last
       states: the student's, behind its own pooling layers if it has any, against the teacher's behind its latent

@@ -250,28 +250,35 @@ def test_bad_settings_are_refused(tmp_path, options, message):
         DistillArguments(**({"output_dir": str(tmp_path), "teacher": "t", "use_cpu": True} | options))
 
 
+def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8) -> list[dict]:
+    """Runs the script and returns its log."""
+    command = [
+        sys.executable, *launcher, ROOT / "train/distill.py", "--model_name_or_path", student, "--teacher", teacher,
+        "--datasets", data, "--instruction", "Find it", "--num_negatives", "1", "--max_length", "32",
+        "--output_dir", output_dir, "--per_device_train_batch_size", rows, "--max_steps", "20", "--use_cpu",
+        "--learning_rate", "0.003", "--warmup_steps", "0", "--logging_steps", "5", "--report_to", "none",
+        "--lora_dropout", "0", *options,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["--kd_losses", "scores", "embeddings", "--teacher_cache", "CACHE", "--contrastive_weight", "0"],
+        ["--kd_losses", "embeddings", "--teacher_cache", "CACHE", "--contrastive_weight", "0"],
         ["--matryoshka_dims", "8", "16", "--matryoshka_weights", "1", "0.5", "--kd_losses", "scores", "states"],
     ],
 )
 def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, data, tmp_path, options):
     student.save_pretrained(tmp_path / "student")
     options = [str(tmp_path / "cache") if option == "CACHE" else option for option in options]
-    command = [
-        sys.executable, ROOT / "train/distill.py", "--model_name_or_path", tmp_path / "student",
-        "--teacher", teacher_dir, "--datasets", data, "--instruction", "Find it", "--num_negatives", "1",
-        "--max_length", "32",
-        "--output_dir", tmp_path / "out", "--per_device_train_batch_size", "8", "--max_steps", "30", "--use_cpu",
-        "--learning_rate", "0.003", "--warmup_steps", "0", "--logging_steps", "5", "--report_to", "none",
-        "--lora_dropout", "0", *options,
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    log = distil(tmp_path / "student", teacher_dir, data, tmp_path / "out", *options)
+    for part in set(options) & {"states", "scores", "embeddings"}:
+        parts = [entry[f"loss/{part}"] for entry in log if f"loss/{part}" in entry]
+        assert len(parts) == 4 and parts[-1] < parts[0]
     certificate = json.loads((tmp_path / "out" / "training_data.json").read_text())
     assert certificate["stages"][-1]["stage"] == "distill" and certificate["stages"][-1]["teacher"]["name"] == "teacher"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -281,3 +288,15 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, d
     )
     towards = [F.cosine_similarity(x, teacher).mean().item() for x in (before, after)]
     assert towards[1] > towards[0]
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path):
+    student.save_pretrained(tmp_path / "student")
+    options = ["--kd_losses", "states", "scores", "--in_batch_negatives", "true"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
+    two = distil(tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, launcher=launcher, rows=4)
+    for name in ("loss", "loss/scores"):
+        losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
