@@ -58,7 +58,8 @@ def run(args: MtebArguments) -> dict | None:
     with split_over_processes(model.embed if queries is None else routed(model, queries)) as embed:
         if embed is None:
             return None
-        instructions = instructions_for(tasks) if None in (model.prompts, queries and queries.prompts) else {}
+        models = [model] if queries is None else [model, queries]
+        instructions = instructions_for(tasks) if any(one.prompts is None for one in models) else {}
         settings = args.settings(model) | {"mteb": mteb.__version__}
         encoder = TaskEncoder(model, embed, instructions)
         if queries is not None:

@@ -155,6 +155,7 @@ def run(args: VectorSizeArguments) -> list[dict]:
     instructions = instructions_for(tasks) if model.prompts is None else {}
     options = {name: getattr(args, name) for name in ("calibration", "calibration_split", "calibration_texts")}
     folder = results.claim_folder(args.output_dir, args.settings(model) | {"mteb": mteb.__version__} | options, {})
+    conditions = {t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) for t in tasks}
     embed = remembered(normalized(model.embed))
     calibration = None if texts is None else embed(texts, model.document_prefix())
     width = embed(["one text"], "").shape[1]
@@ -163,7 +164,12 @@ def run(args: VectorSizeArguments) -> list[dict]:
     if calibration is not None:
         done["mean_cosine"] = mean_cosine(calibration)
     for variant in variants(width, args):
-        known = done["variants"].get(str(variant), {}).get("scores", {})
+        before = done["variants"].get(str(variant), {})
+        known = {
+            name: value
+            for name, value in before.get("scores", {}).items()
+            if before["conditions"].get(name) == conditions.get(name)  # else of other data, or another instruction
+        }
         missing = [task for task in tasks if task.metadata.name not in known]
         if missing:
             encoder = TaskEncoder(
@@ -175,7 +181,8 @@ def run(args: VectorSizeArguments) -> list[dict]:
         scores = {task.metadata.name: known[task.metadata.name] for task in tasks}
         done["variants"][str(variant)] = {
             "dims": variant.dims, "precision": variant.precision, "is_centred": variant.is_centred,
-            "bytes": variant.bytes, "scores": scores, "average": statistics.mean(scores.values()),
+            "bytes": variant.bytes, "conditions": conditions, "scores": scores,
+            "average": statistics.mean(scores.values()),
         }  # fmt: skip
         write_json(file, done)
     entries = [done["variants"][str(variant)] for variant in variants(width, args)]

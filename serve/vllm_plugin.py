@@ -51,8 +51,8 @@ class NVEmbedChecks(VerifyAndUpdateConfig):
             )
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
-                f"{model_config.model}: its weights are stored in 8 bits (train/compress/quantize.py), which this "
-                "plugin does not load: serve the checkpoint that it was made from"
+                f"{model_config.model}: its weights are stored quantized (quantization_config), which this plugin does "
+                "not load: serve the checkpoint that it was made from"
             )
         config.is_causal = config.mask_type == "c"
         config.is_matryoshka = True  # `dimensions` is `truncate_dim` of `encode`

@@ -293,6 +293,11 @@ class StageArguments(TrainingArguments):
             raise ValueError(f"matryoshka_weights is {weights} for matryoshka_dims {dims}; each needs one above 0")
 
     @property
+    def needs_negatives(self) -> bool:
+        """Whether nothing would be learned without them."""
+        return True
+
+    @property
     def matryoshka(self) -> dict[int, float]:
         """The weights of the embeddings' prefixes in the loss, by their number of dimensions."""
         dims = self.matryoshka_dims or []
@@ -339,7 +344,7 @@ class StageArguments(TrainingArguments):
 
 def check_negatives(data_args: DataArguments, training_args: StageArguments) -> None:
     """Raises a `ValueError` if no row can have a negative: the loss would always be 0."""
-    if data_args.num_negatives > 0:
+    if data_args.num_negatives > 0 or not training_args.needs_negatives:
         return
     if not training_args.in_batch_negatives:
         raise ValueError(
@@ -405,11 +410,12 @@ class DistillArguments(Stage2Arguments):
             "and tokenizer), scores (of a row's candidates), embeddings (of every text)."
         },
     )
-    states_error: Literal["relative", "absolute"] = field(
-        default="relative",
+    states_error: Literal["relative", "absolute"] | None = field(
+        default=None,
         metadata={
             "help": "Squared error of a token's states: relative to the teacher's squared length, which grows by "
-            "orders of magnitude from layer to layer and at the first token, or absolute, as in the paper."
+            "orders of magnitude from layer to layer and at the first token, or absolute, as in the paper. None: "
+            "relative."
         },
     )
     layer_map: list[int] | None = field(
@@ -422,8 +428,16 @@ class DistillArguments(Stage2Arguments):
     teacher_temperature: float | None = field(
         default=None, metadata={"help": "Divisor of the teacher's cosines in scores; None: temperature."}
     )
-    embedding_distance: Literal["cosine", "mse"] = field(
-        default="cosine", metadata={"help": "Of embeddings: 1 - cosine, or the mean squared error of a dimension."}
+    embedding_distance: Literal["cosine", "mse"] | None = field(
+        default=None,
+        metadata={"help": "Of embeddings: 1 - cosine, or the mean squared error of a dimension. None: cosine."},
+    )
+    teacher_instruction: str | None = field(
+        default=None,
+        metadata={
+            "help": "Task definition that a teacher with instructions reads instead of the student's, for scores and "
+            "embeddings: for a student without any."
+        },
     )
     teacher_cache: str | None = field(
         default=None,
@@ -447,6 +461,19 @@ class DistillArguments(Stage2Arguments):
                 "teacher_cache keeps a teacher's embeddings, and kd_losses has states, for which the teacher runs "
                 "anyway: leave one out"
             )
-        for name, loss in (("layer_map", "states"), ("teacher_temperature", "scores")):
+        if "states" in self.kd_losses and self.teacher_instruction is not None:
+            raise ValueError(
+                "teacher_instruction is set and kd_losses has states, for which the teacher reads the student's "
+                "tokens: leave one out"
+            )
+        applies_to = {
+            "layer_map": "states", "states_error": "states", "teacher_temperature": "scores",
+            "embedding_distance": "embeddings",
+        }  # fmt: skip
+        for name, loss in applies_to.items():
             if getattr(self, name) is not None and loss not in self.kd_losses:
                 raise ValueError(f"{name} is {getattr(self, name)} and kd_losses has no {loss} for it to apply to")
+
+    @property
+    def needs_negatives(self) -> bool:
+        return self.contrastive_weight > 0 or "scores" in self.kd_losses

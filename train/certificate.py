@@ -49,7 +49,7 @@ def with_teacher(certificate: dict, teacher: str, revision: str | None) -> dict:
     """A distilled student's certificate: what its teacher was trained on has been seen, too, at second hand."""
     known = read_training_data(teacher, revision) or {"complete": False, "base": base_name(teacher), "stages": []}
     *before, last = certificate["stages"]
-    taught = [stage | {"stage": f"{stage['stage']} of the teacher"} for stage in known["stages"]]
+    taught = [stage | {"stage": f"{stage['stage']} of the teacher"} for stage in known["stages"] if stage not in before]
     last = last | {"teacher": {"name": base_name(teacher), "base": known["base"]}}
     return certificate | {
         "complete": certificate["complete"] and bool(known.get("complete")),

@@ -11,6 +11,15 @@ from nvembed.texts_nvembed import format_instruction, length_sorted_batches, pac
 from nvembed.train.losses import NO_TEXT
 
 
+@dataclass(frozen=True)
+class BatchText:
+    """A text as the model reads it, and whether it is a query, which other models may read otherwise."""
+
+    instruction: str  # formatted
+    text: str
+    is_query: bool
+
+
 @dataclass
 class TripletCollator:
     """Makes one training batch of triplets.
@@ -20,7 +29,7 @@ class TripletCollator:
     `nvembed.texts_nvembed.pack`), queries, positives and negatives alike, the longest in the last. Of their embeddings,
     concatenated in order, `query_index[i]` is the query of row i and `passage_index[i, j]` its j-th passage, the
     positive first. Where a row has fewer than `num_negatives` negatives, the empty slots have the id `NO_TEXT` and
-    index 0. `datasets[i]` is row i's data set; `texts`, in the order of the embeddings, are (instruction, text) pairs.
+    index 0. `datasets[i]` is row i's data set; `texts` are the `BatchText`s in the order of the embeddings.
 
     Args:
         tokenizer: the checkpoint's.
@@ -52,23 +61,25 @@ class TripletCollator:
 
     def __call__(self, triplets: list[dict]) -> dict:
         position: dict[tuple[str, str], int] = {}  # (instruction, text) -> its place among the batch's texts
+        distinct: list[BatchText] = []
 
-        def place(instruction: str, text: str) -> int:
-            return position.setdefault((instruction, text), len(position))
+        def place(text: BatchText) -> int:
+            key = text.instruction, text.text
+            if key not in position:
+                position[key] = len(position)
+                distinct.append(text)
+            return position[key]
 
         queries, passages, query_ids, passage_ids, false_negatives = [], [], [], [], []
         for triplet in triplets:
-            instruction = format_instruction(triplet["instruction"])
-            on_passages = instruction if triplet["symmetric"] else ""
-            negatives = self._true_negatives(triplet)
-            false_negatives.append(len(triplet["negatives"]) - len(negatives))
-            negatives = negatives[: self.num_negatives]
-            texts = [triplet["positive"], *negatives]
-            empty = self.num_negatives - len(negatives)
-            queries.append(place(instruction, triplet["query"]))
-            query_ids.append(text_id(triplet["query"]))
-            passages.append([place(on_passages, text) for text in texts] + [0] * empty)
-            passage_ids.append([text_id(text) for text in texts] + [NO_TEXT] * empty)
+            true_negatives = self._true_negatives(triplet)
+            false_negatives.append(len(triplet["negatives"]) - len(true_negatives))
+            query, *others = self.texts_of(triplet)
+            empty = self.num_negatives + 1 - len(others)
+            queries.append(place(query))
+            query_ids.append(text_id(query.text))
+            passages.append([place(other) for other in others] + [0] * empty)
+            passage_ids.append([text_id(other.text) for other in others] + [NO_TEXT] * empty)
 
         instructions, texts = zip(*position)
         tokenized = tokenize(self.tokenizer, self.config, list(texts), list(instructions), self.max_length)
@@ -85,8 +96,15 @@ class TripletCollator:
             "passage_ids": torch.tensor(passage_ids),
             "datasets": [triplet["dataset"] for triplet in triplets],
             "false_negatives": torch.tensor(false_negatives),
-            "texts": [(instructions[i], texts[i]) for chunk in chunks for i in chunk],
+            "texts": [distinct[i] for chunk in chunks for i in chunk],
         }
+
+    def texts_of(self, triplet: dict) -> list[BatchText]:
+        """The query of a triplet, its positive, and the negatives that are trained on."""
+        instruction = format_instruction(triplet["instruction"])
+        on_passages = instruction if triplet["symmetric"] else ""
+        passages = [triplet["positive"], *self._true_negatives(triplet)[: self.num_negatives]]
+        return [BatchText(instruction, triplet["query"], True), *(BatchText(on_passages, p, False) for p in passages)]
 
     def _true_negatives(self, triplet: dict) -> list[str]:
         """The negatives that the teacher, if the triplet has its scores, put clearly below the positive."""

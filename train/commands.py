@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from nvembed.eval.files import write_json
+from nvembed.train.arguments import STAGES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,11 +37,13 @@ def launch(script: str, *arguments: str) -> None:
     Raises:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
+    # macOS has no affinity to ask for.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     accelerate += [
         "--mixed_precision=no",
         "--dynamo_backend=no",
-        f"--num_cpu_threads_per_process={len(os.sched_getaffinity(0))}",
+        f"--num_cpu_threads_per_process={cores}",
     ]
     subprocess.run([*accelerate, script, *arguments], check=True)
 
@@ -50,6 +55,13 @@ def run(script: str, *arguments: str) -> str:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
     return subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def step_settings(recipe: Path, step: str) -> dict:
+    """What a recipe says of one step: its own settings, and the common ones that they override."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in content.items() if name not in STAGES} | content[step]
+    return {name: value for name, value in settings.items() if name != "output_dir"}
 
 
 def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping) -> None:
@@ -66,7 +78,8 @@ def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of
     """
     made_of = {"script": script, "arguments": list(arguments)} | dict(made_of)
     record = folder.with_name(f"{folder.name}.json")
-    if record.is_file():
+    is_begun = (folder / "config.json").is_file() or any(folder.glob("checkpoint-*"))
+    if record.is_file() and is_begun:
         before = json.loads(record.read_text(encoding="utf-8"))
         for name in made_of.keys() | before.keys():
             if before.get(name) != made_of.get(name):
@@ -74,7 +87,7 @@ def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of
                     f"{folder} was made with {name} {before.get(name)!r}, and this run has {made_of.get(name)!r}: "
                     f"remove {folder} and {record.name}, or name another output_dir"
                 )
-    elif (folder / "config.json").is_file():
+    elif is_begun:
         raise ValueError(f"{folder} holds a checkpoint that this script did not make; name another output_dir")
     if (folder / "config.json").is_file():
         return

@@ -28,14 +28,14 @@ class Distillation:
 
     def __init__(self, args: DistillArguments, teacher: StatesTeacher | EmbeddingTeacher, layers: Sequence[int] = ()):
         self.args, self.teacher, self.layers = args, teacher, list(layers)
-        self._embedded: tuple[int, Tensor] | None = None
+        self._embedded: Tensor | None = None  # the teacher's embeddings of the batch at hand
 
     def observer(self, batch: dict) -> Callable[[NVEmbedModelOutput, dict], Tensor] | None:
         """For `embed_and_observe`: a chunk's share of the states' error; None if states are not compared."""
         if "states" not in self.args.kd_losses:
             return None
         tokens = sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
-        is_relative = self.args.states_error == "relative"
+        is_relative = self.args.states_error != "absolute"
 
         def observe(output: NVEmbedModelOutput, chunk: dict) -> Tensor:
             theirs = self.teacher.run(chunk)
@@ -67,10 +67,10 @@ class Distillation:
             parts["scores"] = rows.divergence.mean()
         if "embeddings" in self.args.kd_losses:
             theirs = self._embed(batch).to(embeddings.dtype)
-            if self.args.embedding_distance == "cosine":
-                parts["embeddings"] = (1 - torch.cosine_similarity(embeddings, theirs, dim=-1)).mean()
-            else:
+            if self.args.embedding_distance == "mse":
                 parts["embeddings"] = F.mse_loss(embeddings, theirs)
+            else:
+                parts["embeddings"] = (1 - torch.cosine_similarity(embeddings, theirs, dim=-1)).mean()
         self._embedded = None
         return parts
 
@@ -93,19 +93,21 @@ def states_error(ours: Tensor, theirs: Tensor, is_relative: bool) -> Tensor:
 def match_layers(student: NVEmbedModel, teacher: NVEmbedModel, layer_map: Sequence[int] | None) -> list[int]:
     """The teacher's layer for each of the student's but the last, whose states are those behind the pooling layers.
 
+    Never the teacher's last, whose states are seen behind its final norm alone.
+
     Raises:
         ValueError: `layer_map` has another length, or a layer that the teacher does not have.
     """
     ours, theirs = (model.config.text_config.num_hidden_layers for model in (student, teacher))
     if layer_map is None:
-        kept = (student.config.pruning or {}).get("layers")
-        if kept is not None and max(kept) < theirs:
+        kept, of_teacher = ((model.config.pruning or {}).get("layers") for model in (student, teacher))
+        if kept is not None and of_teacher is None and max(kept) < theirs:
             return kept[:-1]
-        return [round((i + 1) * theirs / ours) - 1 for i in range(ours - 1)]
-    if len(layer_map) != ours - 1 or not all(0 <= layer < theirs for layer in layer_map):
+        return [min(round((i + 1) * theirs / ours), theirs - 1) - 1 for i in range(ours - 1)] if theirs > 1 else []
+    if len(layer_map) != ours - 1 or not all(0 <= layer < theirs - 1 for layer in layer_map):
         raise ValueError(
-            f"layer_map is {list(layer_map)}; it must have {ours - 1} of the teacher's layers, 0 to {theirs - 1}, one "
-            f"for each of the student's {ours} but the last"
+            f"layer_map is {list(layer_map)}; it must have {ours - 1} of the teacher's layers, 0 to {theirs - 2}, one "
+            f"for each of the student's {ours} but the last, which is compared with the teacher's last"
         )
     return list(layer_map)
 
@@ -137,15 +139,17 @@ def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_leng
     """
     if "states" in args.kd_losses:
         teacher = StatesTeacher(args.teacher, args.teacher_revision, student)
-        width = teacher.model.config.hidden_size
         layers = match_layers(student, teacher.model, args.layer_map)
-        latent = teacher.model.config.latent_attention_config
-        if width != student.config.hidden_size and latent.projection_dim is not None:
-            raise ValueError(f"the teacher projects its states to {width} dimensions and the student does not")
+        width = teacher.model.config.hidden_size
     else:
         model = load_model(args.teacher, args.teacher_revision, max_length)
-        teacher, layers = EmbeddingTeacher(model), []
+        teacher, layers = EmbeddingTeacher(model, args.teacher_instruction), []
         width = model.embed(["one text"], "").shape[1]
     if "embeddings" in args.kd_losses and width != student.config.hidden_size:
         add_projection(student, width)
+    if "states" in args.kd_losses and width != student.config.hidden_size:
+        raise ValueError(
+            f"the teacher's last states are {width} wide and the student's {student.config.hidden_size}, since one of "
+            "them projects them (projection_dim): set kd_losses to scores, embeddings or both"
+        )
     return Distillation(args, teacher, layers)

@@ -57,7 +57,7 @@ def check_exportable(config: NVEmbedConfig, name: str, pool_instructions: bool) 
     if config.latent_attention_config.projection_dim is not None:
         raise ValueError(
             f"{name} projects its embeddings to {config.hidden_size} dimensions (projection_dim), which this export "
-            "has no module for: serve it in vLLM by our plugin, see docs/serving.md"
+            "has no module for: use it by AutoModel or SentenceTransformer"
         )
     if config.pooling_type not in MODE_OF:
         raise ValueError(

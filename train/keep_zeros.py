@@ -47,6 +47,12 @@ def keep_zeros_in_lora(config: LoraConfig) -> None:
     for name in DENSE_ONLY:
         if getattr(config, name, None):
             raise ValueError(f"{name} is set, and the checkpoint is pruned: its zeros would not stay; leave it out")
+    for module in config.modules_to_save or ():
+        if not module.startswith("latent_attention_model"):
+            raise ValueError(
+                f"lora_modules_to_save has {module}, and the decoder is pruned: trained in full, its zeros would not "
+                "stay; leave it to LoRA"
+            )
     config._register_custom_module({nn.Linear: SparseLora})
 
 
@@ -54,7 +60,7 @@ class KeepZeros(TrainerCallback):
     """For a pruned model of which every weight is trained: gradients of zeros are zero, so AdamW leaves them there.
 
     Raises:
-        ValueError: another optimizer or DeepSpeed is used, which may move a weight without a gradient, or hides it.
+        ValueError: another optimizer is used, which may move a weight without a gradient.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -62,11 +68,10 @@ class KeepZeros(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         optimizer = getattr(args.optim, "value", args.optim)
-        if args.deepspeed_plugin is not None or not str(optimizer).startswith("adamw"):
+        if not str(optimizer).startswith("adamw"):
             raise ValueError(
-                f"the checkpoint is pruned and use_peft is false with optim {optimizer}"
-                f"{' and DeepSpeed' if args.deepspeed_plugin is not None else ''}: zeros are kept with LoRA, or by "
-                "AdamW without DeepSpeed"
+                f"the checkpoint is pruned and use_peft is false with optim {optimizer}: zeros are kept with LoRA, or "
+                "by AdamW"
             )
 
     @torch.no_grad()

@@ -27,8 +27,14 @@ PEAK_FLOPS = {
 class LogWindow:
     """Collects figures of the batches between two logs, over all processes."""
 
-    def __init__(self, model: nn.Module, device: torch.device, count_false_negatives: bool = False):
-        self.count_false_negatives = count_false_negatives
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        count_false_negatives: bool = False,
+        needs_negatives: bool = True,
+    ):
+        self.count_false_negatives, self.needs_negatives = count_false_negatives, needs_negatives
         self.flops = flops_per_token(model)
         self.peak = peak_flops(device)
         self._clear()
@@ -58,7 +64,7 @@ class LogWindow:
         sets the arithmetic of one forward and one backward pass over them against the device's peak (on GPUs
         that `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>`
         are of this window; similarities are cosines, means over the rows. `false_negatives`, if they are left
-        out, is how many. Parts of the loss, unweighted, are `loss/<part>`.
+        out, is how many. Parts of the loss, unweighted, are `kd/<part>`.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
@@ -74,7 +80,7 @@ class LogWindow:
         everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
         self._clear()
 
-        if any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
+        if self.needs_negatives and any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
             raise ValueError(
                 f"none of the last {sum(count for part in everywhere for count, _ in part[1].values())} rows had a "
                 "negative, so nothing was learned: give the triplets negatives, raise num_negatives, or, with "
@@ -90,7 +96,7 @@ class LogWindow:
         if self.count_false_negatives:
             logs["false_negatives"] = int(sum(part[4] for part in everywhere))
         for name in losses:
-            logs[f"loss/{name}"] = round(sum(part[5][name] for part in everywhere) / len(everywhere), 4)
+            logs[f"kd/{name}"] = round(sum(part[5][name] for part in everywhere) / len(everywhere), 4)
         for dataset in sorted({name for part in everywhere for name in part[1]}):
             parts = [part[1][dataset] for part in everywhere if dataset in part[1]]
             samples = sum(count for count, _ in parts)

@@ -75,17 +75,25 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     if model_args.is_mask_instruction is not None:
         check_instruction_mask(model_args, model.config, training_args)
         model.config.is_mask_instruction = model_args.is_mask_instruction
-    check_sizes(model_args, training_args, model.config)
     distillation = None
     if isinstance(training_args, DistillArguments):
         distillation = prepare_distillation(training_args, model, data_args.max_length)
+    check_sizes(model_args, training_args, model.config)
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
     adapted = add_adapter(model, model_args)
     if resume is not None:
         check_resume(resume, adapted)
     blend = load_blend(data_args, training_args)
+    collator = TripletCollator(
+        model.tokenizer,
+        model.config,
+        data_args.max_length,
+        data_args.num_negatives,
+        data_args.chunk_tokens,
+        training_args.false_negative_margin,
+    )
     if distillation is not None and training_args.teacher_cache is not None:
-        read_teacher_cache(distillation.teacher, blend, data_args, training_args)
+        read_teacher_cache(distillation.teacher, blend, collator, training_args)
     kept = {name: settings[name] for name in (*APPLIED, *REFUSED) if name in settings}
     record = RunRecord(kept, base, read_provenance(training_args.triplets_dir))
     if resume is not None:
@@ -100,14 +108,7 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         eval_max_length=data_args.max_length,
         record=record,
         distillation=distillation,
-        data_collator=TripletCollator(
-            model.tokenizer,
-            model.config,
-            data_args.max_length,
-            data_args.num_negatives,
-            data_args.chunk_tokens,
-            training_args.false_negative_margin,
-        ),
+        data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=resume)
 
@@ -154,7 +155,7 @@ def check_sizes(model_args: ModelArguments, training_args: StageArguments, confi
 
 
 def read_teacher_cache(
-    teacher: EmbeddingTeacher, blend: Blend, data_args: DataArguments, training_args: DistillArguments
+    teacher: EmbeddingTeacher, blend: Blend, collator: TripletCollator, training_args: DistillArguments
 ) -> None:
     """Has the teacher read its embeddings from `teacher_cache`, which the main process fills.
 
@@ -165,7 +166,7 @@ def read_teacher_cache(
     folder = Path(training_args.teacher_cache)
     with after_main_process(training_args):
         if training_args.process_index == 0:
-            cache_embeddings(folder, teacher.model, blend, data_args.num_negatives)
+            cache_embeddings(folder, teacher, blend, collator)
         teacher.read(VectorShards(folder))
 
 
@@ -188,7 +189,7 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
             options = (data_args.num_negatives, seed, data_args.instruction)
             write_tables(folder, sources, *options, training_args.checkpoints)
         tables = read_tables(folder, sources)
-    if not training_args.in_batch_negatives or training_args.batch_rows < 2:
+    if training_args.needs_negatives and (not training_args.in_batch_negatives or training_args.batch_rows < 2):
         check_have_negatives(tables, sources)
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)

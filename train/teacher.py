@@ -17,6 +17,7 @@ from nvembed.eval.models import LoadedModel
 from nvembed.eval.vectors import MadeFrom, VectorShards, embed_shards
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
 from nvembed.texts_nvembed import format_instruction
+from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.data.blend import Blend
 
 
@@ -50,14 +51,14 @@ class StatesTeacher:
         if theirs.pooling_type == "latent_attention":
             model.fold_latent_attention()  # the same states, faster
         self.model = model
-        self._last: tuple[int, NVEmbedModelOutput] | None = None
+        self._last: tuple[Tensor, NVEmbedModelOutput] | None = None  # token ids of a chunk, and what was made of them
 
     @torch.no_grad()
     def run(self, chunk: dict) -> NVEmbedModelOutput:
         """Its output for a packed chunk, with the states of all layers; that of the last chunk asked for is kept."""
-        if self._last is None or self._last[0] != id(chunk["input_ids"]):
+        if self._last is None or self._last[0] is not chunk["input_ids"]:
             self.model.to(chunk["input_ids"].device)
-            self._last = id(chunk["input_ids"]), self.model(**chunk, output_hidden_states=True)
+            self._last = chunk["input_ids"], self.model(**chunk, output_hidden_states=True)
         return self._last[1]
 
     def embed(self, batch: dict) -> Tensor:
@@ -70,10 +71,11 @@ class EmbeddingTeacher:
 
     Args:
         model: loaded with the student's `max_length`.
+        instruction: task definition that a model with instructions reads where a task has one; None: the student's.
     """
 
-    def __init__(self, model: LoadedModel):
-        self.model, self.cache = model, None
+    def __init__(self, model: LoadedModel, instruction: str | None = None):
+        self.model, self.instruction, self.cache = model, instruction, None
 
     def read(self, cache: VectorShards) -> None:
         """Reads embeddings from a folder that `cache_embeddings` filled, from here on."""
@@ -89,64 +91,62 @@ class EmbeddingTeacher:
         """
         device = batch["chunks"][0]["input_ids"].device
         if self.cache is None:
-            return F.normalize(torch.from_numpy(embed_texts(self.model, batch["texts"])), dim=-1).to(device)
-        wanted = np.array([pair_id(*pair) for pair in batch["texts"]], dtype=np.int64)
+            return F.normalize(torch.from_numpy(self.embed_texts(batch["texts"])), dim=-1).to(device)
+        wanted = np.array([cache_id(text) for text in batch["texts"]], dtype=np.int64)
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         if (missing := np.flatnonzero(self.ids[places] != wanted)).size:
-            raise ValueError(f"teacher_cache {self.cache.folder} has no {batch['texts'][missing[0]][1][:80]!r}")
+            raise ValueError(f"teacher_cache {self.cache.folder} has no {batch['texts'][missing[0]].text[:80]!r}")
         return F.normalize(torch.from_numpy(self.cache[self.order[places]]), dim=-1).to(device)
 
+    def prefix(self, text: BatchText) -> str:
+        """What the teacher reads before a text: its own prompt for its role, or the instruction."""
+        if self.model.prompts is not None:
+            return self.model.query_prefix("") if text.is_query else self.model.document_prefix()
+        if self.instruction is not None and (text.is_query or text.instruction):
+            return format_instruction(self.instruction)
+        return text.instruction
 
-def prefix_for(model: LoadedModel, instruction: str) -> str:
-    """What the teacher reads before a text that the student reads with `instruction`, formatted, or "" for none."""
-    if model.prompts is None:
-        return instruction
-    return model.query_prefix("") if instruction else model.document_prefix()
-
-
-def embed_texts(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Embeddings of (instruction, text) pairs, fp32 `[pairs, width]`."""
-    places: dict[str, list[int]] = {}
-    for i, (instruction, _) in enumerate(pairs):
-        places.setdefault(prefix_for(model, instruction), []).append(i)
-    parts = {prefix: model.embed([pairs[i][1] for i in here], prefix) for prefix, here in places.items()}
-    result = np.empty((len(pairs), next(iter(parts.values())).shape[1]), dtype=np.float32)
-    for prefix, here in places.items():
-        result[here] = parts[prefix]
-    return result
-
-
-def pair_id(instruction: str, text: str) -> int:
-    return text_id(f"{instruction}\0{text}")
+    def embed_texts(self, texts: Sequence[BatchText]) -> np.ndarray:
+        """Embeddings as the teacher gives them, fp32 `[texts, width]`."""
+        places: dict[str, list[int]] = {}
+        for i, text in enumerate(texts):
+            places.setdefault(self.prefix(text), []).append(i)
+        parts = {prefix: self.model.embed([texts[i].text for i in here], prefix) for prefix, here in places.items()}
+        result = np.empty((len(texts), next(iter(parts.values())).shape[1]), dtype=np.float32)
+        for prefix, here in places.items():
+            result[here] = parts[prefix]
+        return result
 
 
-def pairs_of(blend: Blend, num_negatives: int) -> Iterator[tuple[str, str]]:
-    """The distinct (instruction, text) pairs that a run over these tables can come by."""
+def cache_id(text: BatchText) -> int:
+    return text_id(f"{'query' if text.is_query else 'passage'}\0{text.instruction}\0{text.text}")
+
+
+def texts_of_run(blend: Blend, collator: TripletCollator) -> Iterator[BatchText]:
+    """The distinct texts that a run over these tables can come by."""
     known = set()
     for table in blend.tables:
         for row in tqdm(table, desc="Texts for the teacher", leave=False):
-            instruction = format_instruction(row["instruction"])
-            on_passages = instruction if row["symmetric"] else ""
-            passages = [row["positive"], *row["negatives"][:num_negatives]]
-            for pair in ((instruction, row["query"]), *((on_passages, text) for text in passages)):
-                if (number := pair_id(*pair)) not in known:
+            for text in collator.texts_of(row):
+                if (number := cache_id(text)) not in known:
                     known.add(number)
-                    yield pair
+                    yield text
 
 
-def cache_embeddings(folder: Path, model: LoadedModel, blend: Blend, num_negatives: int) -> None:
+def cache_embeddings(folder: Path, teacher: EmbeddingTeacher, blend: Blend, collator: TripletCollator) -> None:
     """Embeds every text of a run once, into shards as `embed_corpus.py` writes them; continues where it stopped.
 
     Raises:
-        ValueError: the folder was filled or begun by another teacher or revision, at another length, or for other
-            texts.
+        ValueError: the folder was filled or begun by another teacher or revision, with another instruction, at another
+            length, or for other texts.
     """
-    pairs = list(pairs_of(blend, num_negatives))
-    ids = [str(pair_id(*pair)) for pair in pairs]
+    texts, model = list(texts_of_run(blend, collator)), teacher.model
+    ids = [str(cache_id(text)) for text in texts]
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-    made_from = MadeFrom(model.name, model.revision, OWN_INSTRUCTION, model.max_length, digest)
+    instruction = OWN_INSTRUCTION if teacher.instruction is None else teacher.instruction
+    made_from = MadeFrom(model.name, model.revision, instruction, model.max_length, digest)
     claim_cache(folder, asdict(made_from))
-    embed_shards(lambda part, _: embed_texts(model, part), ids, pairs, folder, made_from)
+    embed_shards(lambda part, _: teacher.embed_texts(part), ids, texts, folder, made_from)
 
 
 def claim_cache(folder: Path, made_from: dict) -> None:

@@ -20,9 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from nvembed.eval.callback import LocalTasksCallback
 from nvembed.eval.log_history import LogHistory
 from nvembed.eval.sharding import is_sharded
+from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import ADAPTER, is_quantized, merge_adapter, with_weights, write_adapter
 from nvembed.train.arguments import StageArguments
 from nvembed.train.checkpoints import add_card, write_checkpoint
+from nvembed.train.compress.sparsity import check_pattern
 from nvembed.train.data.blend import Blend
 from nvembed.train.distillation import Distillation
 from nvembed.train.gradient_cache import embed_and_observe
@@ -55,7 +57,7 @@ class EmbeddingTrainer(Trainer):
     Raises:
         ValueError: there are fewer triplets than one batch of all processes holds; an evaluation set is given without
             `eval_steps`; the decoder is bf16 and the training is not; a quantized decoder would be split over
-            processes.
+            processes, or a pruned one trained under DeepSpeed.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class EmbeddingTrainer(Trainer):
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
-        self._window = LogWindow(self.model, self.args.device, self.args.false_negative_margin is not None)
+        self._window = LogWindow(
+            self.model, self.args.device, self.args.false_negative_margin is not None, self.args.needs_negatives
+        )
         self._guard = LossGuard()
         self._bad_batch = Path(self.args.output_dir, BAD_BATCH.format(self.args.process_index))
 
@@ -106,6 +110,12 @@ class EmbeddingTrainer(Trainer):
             raise ValueError(
                 "a base of 8 or 4 bit is not split over processes: use DDP (train/recipes/accelerate/ddp.yaml), or "
                 "drop load_in_4bit and load_in_8bit"
+            )
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if self.is_deepspeed_enabled and isinstance(base, NVEmbedModel) and base.config.is_sparse:
+            raise ValueError(
+                "a pruned checkpoint is not trained under DeepSpeed, which hides the weights that are to stay zero: "
+                "use DDP or FSDP2 (train/recipes/accelerate/)"
             )
         if (
             getattr(self.model, "is_loaded_in_4bit", False)
@@ -241,5 +251,7 @@ class EmbeddingTrainer(Trainer):
                 write_adapter(model, folder)
                 add_card(folder, write_card and partial(write_card, is_adapter=True))
             card = write_card and partial(write_card, is_adapter=False)
-            write_checkpoint(merge_adapter(model), self.args.output_dir, card)
+            merged = merge_adapter(model)
+            check_pattern(merged.embedding_model, merged.config.pruning)
+            write_checkpoint(merged, self.args.output_dir, card)
         self.accelerator.wait_for_everyone()

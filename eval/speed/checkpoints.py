@@ -67,6 +67,9 @@ def main() -> None:
     if args.once:
         print(json.dumps(measure(args.checkpoints[0], args.texts, args.words, args.device)))
         return
+    for checkpoint in args.checkpoints:
+        if not any(Path(checkpoint).glob("*.safetensors")):
+            parser.error(f"{checkpoint} is no folder with *.safetensors files")
     options = [f"--texts={args.texts}", f"--words={args.words}", f"--device={args.device}", "--once"]
     rounds: dict[str, list[dict]] = {checkpoint: [] for checkpoint in args.checkpoints}
     for _ in range(args.rounds):

@@ -71,5 +71,5 @@ def test_models_of_other_spaces_are_refused(arguments, student):
     model = NVEmbedModel.from_pretrained(student)
     add_projection(model, 20)
     model.save_pretrained(student)
-    with pytest.raises(ValueError, match="32 dimensions and query_model student of 20|of 20: it must be trained"):
+    with pytest.raises(ValueError, match=r"32 dimensions and query_model .*/student of 20: it must"):
         run(arguments())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nvembed import NVEmbedModel
 from nvembed.eval.models import load_model
 from nvembed.eval.vectors import VectorShards
 from nvembed.train.arguments import DistillArguments
-from nvembed.train.collator import TripletCollator
+from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.distillation import (
@@ -153,46 +154,89 @@ def test_embeddings_are_compared_text_by_text(student, teacher_dir, batch, tmp_p
     assert observed is None
     part = distillation.losses(batch, embeddings, None, contrast_of(embeddings, batch))["embeddings"]
     model, errors = NVEmbedModel.from_pretrained(teacher_dir), []
-    for (instruction, text), ours in zip(batch["texts"], embeddings.detach()):
-        theirs = model.encode([text], instruction, 32)[0]
+    for text, ours in zip(batch["texts"], embeddings.detach()):
+        theirs = model.encode([text.text], text.instruction, 32)[0]
         errors.append((1 - ours @ theirs if distance == "cosine" else (ours - theirs).square().mean()).item())
     assert part.item() == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=1e-6)
 
 
 def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(student, teacher_dir, data, batch, tmp_path):
     blend = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
-    model, folder = load_model(str(teacher_dir), max_length=32), tmp_path / "cache"
-    cache_embeddings(folder, model, blend, 1)
-    cached = EmbeddingTeacher(model)
-    expected = cached.embed(batch)
-    cached.read(VectorShards(folder))
-    cached.model = None  # not asked any more
-    assert torch.allclose(cached.embed(batch), expected, atol=1e-6)
+    collator = TripletCollator(student.tokenizer, student.config, 32, 1)
+    teacher, folder = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), tmp_path / "cache"
+    cache_embeddings(folder, teacher, blend, collator)
+    expected = teacher.embed(batch)
+    teacher.read(VectorShards(folder))
+    model, teacher.model = teacher.model, None  # not asked any more
+    assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
     stamp = (folder / "00000" / "vectors.npy").stat().st_mtime_ns
-    cache_embeddings(folder, model, blend, 1)
+    teacher.model = model
+    cache_embeddings(folder, teacher, blend, collator)
     assert (folder / "00000" / "vectors.npy").stat().st_mtime_ns == stamp
-    batch["texts"][0] = ("", "a text that is nowhere")
+    batch["texts"][0] = BatchText("", "a text that is nowhere", True)
     with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
-        cached.embed(batch)
+        teacher.embed(batch)
+    more = Blend([prepare([DatasetSource(data, instruction="Another")], 1)], 8)
+    with pytest.raises(ValueError, match="was made with texts"):
+        cache_embeddings(folder, teacher, more, collator)
+    with pytest.raises(ValueError, match="was made with instruction"):
+        cache_embeddings(folder, EmbeddingTeacher(model, "Look for it"), blend, collator)
     randomize(student, seed=3)
     teacher_dir.rename(tmp_path / "before")
     student.save_pretrained(teacher_dir)
     with pytest.raises(ValueError, match="was made with revision"):
-        cache_embeddings(folder, load_model(str(teacher_dir), max_length=32), blend, 1)
-    more = Blend([prepare([DatasetSource(data, instruction="Another")], 1)], 8)
-    with pytest.raises(ValueError, match="was made with texts"):
-        cache_embeddings(folder, model, more, 1)
+        cache_embeddings(folder, EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), blend, collator)
+
+
+def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tmp_path):
+    """With surplus negatives that move up where others are left out, and texts on both sides of a symmetric set."""
+    rows = [
+        {
+            "query": text, "positive": SENTENCES[i - 1], "negatives": [SENTENCES[i - 2], SENTENCES[i - 3]],
+            "positive_score": 0.5, "negative_scores": [0.9, 0.1],
+        }
+        for i, text in enumerate(SENTENCES)
+    ]  # fmt: skip
+    path = write_jsonl(tmp_path / "scored.jsonl", rows)
+    blend = Blend([prepare([DatasetSource(path, instruction="Find it", symmetric=True)], 2)], 8)
+    collator = TripletCollator(student.tokenizer, student.config, 32, 1, false_negative_margin=0.1)
+    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
+    cache_embeddings(tmp_path / "cache", teacher, blend, collator)
+    batches = [collator([blend[i], blend[j]]) for i in range(8) for j in range(8) if i != j]
+    expected = [teacher.embed(batch) for batch in batches[:3]]
+    teacher.read(VectorShards(tmp_path / "cache"))
+    found = [teacher.embed(batch) for batch in batches]
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(expected, found))
+
+
+def test_a_teacher_reads_its_own_prompts_or_instructions(teacher_dir):
+    query, passage = BatchText("", "a", True), BatchText("", "b", False)
+    symmetric = BatchText("Instruct: Compare\nQuery: ", "b", False)
+    prompted = replace(load_model(str(teacher_dir)), prompts={"query": "Q: ", "document": "D: ", "default": ""})
+    assert [EmbeddingTeacher(prompted).prefix(text) for text in (query, passage, symmetric)] == ["Q: ", "D: ", "D: "]
+    instructed = load_model(str(teacher_dir))
+    assert [EmbeddingTeacher(instructed).prefix(t) for t in (query, passage, symmetric)] == [
+        "",
+        "",
+        symmetric.instruction,
+    ]
+    of_its_own = EmbeddingTeacher(instructed, "Search")
+    expected = ["Instruct: Search\nQuery: ", "", "Instruct: Search\nQuery: "]
+    assert [of_its_own.prefix(text) for text in (query, passage, symmetric)] == expected
 
 
 def test_layers_are_mapped(student, model):
     assert match_layers(student, model, None) == [0, 1]
-    assert match_layers(student, model, [1, 2]) == [1, 2]
+    assert match_layers(student, model, [1, 1]) == [1, 1]
     student.config.pruning = {"layers": [0, 2]}
     student.config.text_config.num_hidden_layers = 2
     assert match_layers(student, model, None) == [0]
     student.config.pruning = None
     assert match_layers(student, model, None) == [1]
-    for wrong in ([0, 1], [3]):
+    model.config.pruning = {"layers": [0, 1, 3]}  # places in yet another model
+    student.config.pruning = {"layers": [0, 2]}
+    assert match_layers(student, model, None) == [1]
+    for wrong in ([0, 1], [2], [-1]):
         with pytest.raises(ValueError, match="layer_map"):
             match_layers(student, model, wrong)
 
@@ -241,6 +285,9 @@ def test_teachers_without_a_common_measure_are_refused(student, teacher_dir, tmp
         ({"kd_losses": []}, "states, scores, embeddings"),
         ({"teacher_cache": "x"}, "leave one out"),
         ({"teacher_temperature": 0.1}, "kd_losses has no scores"),
+        ({"embedding_distance": "mse"}, "kd_losses has no embeddings"),
+        ({"kd_losses": ["scores"], "states_error": "absolute"}, "kd_losses has no states"),
+        ({"teacher_instruction": "Find it"}, "leave one out"),
         ({"kd_losses": ["scores"], "layer_map": [1]}, "kd_losses has no states"),
         ({"kd_losses": ["scores"], "teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
     ],
@@ -277,7 +324,7 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, d
     options = [str(tmp_path / "cache") if option == "CACHE" else option for option in options]
     log = distil(tmp_path / "student", teacher_dir, data, tmp_path / "out", *options)
     for part in set(options) & {"states", "scores", "embeddings"}:
-        parts = [entry[f"loss/{part}"] for entry in log if f"loss/{part}" in entry]
+        parts = [entry[f"kd/{part}"] for entry in log if f"kd/{part}" in entry]
         assert len(parts) == 4 and parts[-1] < parts[0]
     certificate = json.loads((tmp_path / "out" / "training_data.json").read_text())
     assert certificate["stages"][-1]["stage"] == "distill" and certificate["stages"][-1]["teacher"]["name"] == "teacher"
@@ -297,6 +344,6 @@ def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
     two = distil(tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, launcher=launcher, rows=4)
-    for name in ("loss", "loss/scores"):
+    for name in ("loss", "kd/scores"):
         losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]

@@ -93,6 +93,9 @@ def test_a_dense_model_gets_ordinary_lora(model):
 def test_what_would_fill_the_zeros_is_refused(pruned, tmp_path):
     with pytest.raises(ValueError, match="use_dora is set, and the checkpoint is pruned"):
         add_adapter(pruned, ModelArguments(model_name_or_path="x", use_dora=True))
+    with pytest.raises(ValueError, match="lora_modules_to_save has embedding_model.layers.0.mlp.up_proj"):
+        in_full = ["latent_attention_model", "layers.0.mlp.up_proj"]
+        add_adapter(pruned, ModelArguments(model_name_or_path="x", lora_modules_to_save=in_full))
     model = add_adapter(pruned, ModelArguments(model_name_or_path="x", use_peft=False))
     with pytest.raises(ValueError, match="zeros are kept with LoRA, or by AdamW"):
         train(model, tmp_path, optim="sgd")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,13 @@ class CalibrationArguments(TripletArguments):
     """The triplets that pruning and rounding look at, and where they do."""
 
     num_negatives: int = field(default=1, metadata={"help": "Hard negatives of a triplet that are looked at."})
-    calibration_samples: int = field(default=128, metadata={"help": "Triplets to look at."})
+    calibration_samples: int = field(
+        default=128, metadata={"help": "Triplets to look at; of sets without a weight in equal shares."}
+    )
     seed: int = field(default=42, metadata={"help": "Of their choice."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Of the weights and of what is computed; auto: as in the checkpoint."}
+    )
     device: str | None = field(
         default=None, metadata={"help": "Where one layer at a time computes; None: a GPU if there is one."}
     )
@@ -67,7 +73,8 @@ def calibration_chunks(args: CalibrationArguments, model: NVEmbedModel) -> list[
                 f"the data has {found} triplets and calibration_samples is {args.calibration_samples}; lower it, or "
                 "give more data"
             )
-        rows = list(Blend(tables, args.calibration_samples, args.weights, args.seed))
+        weights = args.weights or [1.0] * len(tables)  # their lengths say nothing once they are cut
+        rows = list(Blend(tables, args.calibration_samples, weights, args.seed))
     tokens = default_batch_tokens(torch.device(args.device))
     collate = TripletCollator(model.tokenizer, model.config, args.max_length, args.num_negatives, tokens)
     return collate(rows)["chunks"]

@@ -6,8 +6,8 @@ from nvembed.modeling_nvembed import NVEmbedModel, find_base_of_adapter
 from nvembed.train.checkpoints import quantized_by
 
 
-def load_uncompressed(name: str, revision: str | None, purpose: str) -> NVEmbedModel:
-    """A checkpoint in main memory in the dtype it is stored in.
+def load_uncompressed(name: str, revision: str | None, purpose: str, dtype: str = "auto") -> NVEmbedModel:
+    """A checkpoint in main memory, in the dtype it is stored in or another.
 
     Raises:
         ValueError: there is no such checkpoint, its weights are quantized, it is an adapter, or, unless `purpose` is
@@ -26,4 +26,4 @@ def load_uncompressed(name: str, revision: str | None, purpose: str) -> NVEmbedM
             f"{name} has a folded latent attention, which cannot be trained again after pruning: {purpose} the "
             "unfolded checkpoint that it was made from, and fold the result"
         )
-    return NVEmbedModel.from_pretrained(name, revision=revision, dtype="auto")
+    return NVEmbedModel.from_pretrained(name, revision=revision, dtype=dtype)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from nvembed.eval.files import sha256, write_json
+from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.models import digest_model
 from nvembed.train.arguments import find_recipe
-from nvembed.train.commands import errors_in_one_line, make_checkpoint, score
+from nvembed.train.commands import errors_in_one_line, make_checkpoint, score, step_settings
 from nvembed.train.compress.solvers import METHODS
 
 
@@ -26,7 +27,7 @@ ARMS = {"retrained": "train/stage2.py", "distilled": "train/distill.py"}
 
 def fill(args: argparse.Namespace, recipe: Path) -> dict[str, list[float]]:
     """Makes and measures every cell; returns the average scores of its seeds by cell."""
-    made_of, folder, cells = {"recipe": sha256(recipe)}, Path(args.output_dir), {}
+    folder, cells = Path(args.output_dir), {}
     config = ["--config", str(recipe)]
     options = ("--max_length", str(args.max_length), "--dtype", args.dtype)
     dense = yaml.safe_load(recipe.read_text(encoding="utf-8"))["prune"]["model_name_or_path"]
@@ -40,12 +41,14 @@ def fill(args: argparse.Namespace, recipe: Path) -> dict[str, list[float]]:
     for method, pattern in product(args.methods, args.patterns):
         name = f"{method}-{pattern.replace(':', '-')}"
         cell = ["--method", method, "--pattern", pattern, "--drop_latent_attention", "false"]
+        made_of = step_settings(recipe, "prune") | {"begins with": digest_model(Path(dense))}
         make_checkpoint(folder / name, "train/compress/prune.py", [*config, *cell], made_of)
         cells[f"{method} {pattern} pruned"] = [measure(name, str(folder / name))]
     for seed, (method, pattern), arm in product(args.seeds, product(args.methods, args.patterns), args.arms):
         pruned = f"{method}-{pattern.replace(':', '-')}"
         name = f"{pruned}-{arm}-{seed}"
         cell = ["--model_name_or_path", str(folder / pruned), "--seed", str(seed)]
+        made_of = step_settings(recipe, Path(ARMS[arm]).stem) | {"begins with": digest_model(folder / pruned)}
         make_checkpoint(folder / name, ARMS[arm], [*config, *cell], made_of)
         cells.setdefault(f"{method} {pattern} {arm}", []).append(measure(name, str(folder / name)))
     return cells

@@ -20,10 +20,11 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from nvembed.eval.files import sha256, write_json
+from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.models import digest_model
 from nvembed.train.arguments import find_recipe
-from nvembed.train.commands import ROOT, errors_in_one_line, make_checkpoint, run, score
+from nvembed.train.commands import ROOT, TRAININGS, errors_in_one_line, make_checkpoint, run, score, step_settings
 
 
 SCRIPTS = {
@@ -91,16 +92,19 @@ class Ladder:
         return {"start": self.start} | {step: str(folder) for step, folder in self.steps.items()}
 
 
-def climb(ladder: Ladder) -> list[dict]:
+def run_ladder(ladder: Ladder) -> list[dict]:
     """Runs and measures the steps that are missing; returns one entry a rung.
 
     Raises:
         ValueError: a step's folder was made with other settings.
         subprocess.CalledProcessError: a step failed.
     """
-    made_of = {"recipe": sha256(ladder.recipe)}
+    begin = ladder.start
     for step, folder in ladder.steps.items():
+        digest = digest_model(Path(begin)) if Path(begin).is_dir() else begin
+        made_of = step_settings(ladder.recipe, step) | {"begins with": digest}
         make_checkpoint(folder, SCRIPTS[step], ["--config", str(ladder.recipe)], made_of)
+        begin = str(folder)
     results = []
     for name, checkpoint in ladder.rungs.items():
         options = ("--max_length", str(ladder.max_length))
@@ -149,9 +153,10 @@ def main() -> None:
     ladder = Ladder.read(args.recipe)
     if args.dry_run:
         for step in ladder.steps:
-            print(shlex.join(["python", SCRIPTS[step], "--config", str(ladder.recipe)]))
+            start = ["accelerate", "launch"] if Path(SCRIPTS[step]).name in TRAININGS else ["python"]
+            print(shlex.join([*start, SCRIPTS[step], "--config", str(ladder.recipe)]))
         return
-    results = climb(ladder)
+    results = run_ladder(ladder)
     write_json(ladder.output_dir / "ladder.json", results)
     draw(results, ladder.output_dir / "ladder.png")
     text = table(results)

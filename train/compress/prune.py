@@ -9,7 +9,6 @@ Zeros make it neither smaller nor faster by themselves: 2:4 is fast in torch's s
 unstructured and 4:8 sparsity nowhere. `num_layers`, `intermediate_size` and `num_key_value_heads` make it both.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,7 +16,6 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from nvembed.eval.files import write_json
-from nvembed.eval.markdown_table import markdown_table
 from nvembed.modeling_nvembed import MeanPooling, NVEmbedModel
 from nvembed.train.arguments import RecipeParser
 from nvembed.train.card import continue_card
@@ -26,6 +24,7 @@ from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed
+from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import METHODS, relative_error
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.compress.structure import drop_layers, narrow
@@ -44,8 +43,9 @@ class PruneArguments(CalibrationArguments):
     method: Literal["sparsegpt", "wanda", "magnitude"] | None = field(
         default=None, metadata={"help": "How single weights are chosen (paper: SparseGPT is best). None: they stay."}
     )
-    pattern: str = field(
-        default="2:4", metadata={"help": "unstructured, or N:M: N of M neighbours in a row are kept, such as 2:4, 4:8."}
+    pattern: str | None = field(
+        default=None,
+        metadata={"help": "unstructured, or N:M: N of M neighbours in a row are kept, such as 4:8. None: 2:4."},
     )
     sparsity: float | None = field(default=None, metadata={"help": "Share of zeros if unstructured; None: 0.5."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep this many layers."})
@@ -63,18 +63,24 @@ class PruneArguments(CalibrationArguments):
         for name in ("model_name_or_path", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; give --{name}, or name it in the recipe")
-        if not self.datasets:
-            raise ValueError("datasets is empty; pruning looks at the data that the model was trained on: name it")
+        for name in ("sparsity", "pattern"):
+            if self.method is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)} and no method is given: set method: sparsegpt")
         # Before the model is loaded: a misspelt pattern must not cost that.
-        self.parsed_pattern = Pattern.parse(self.pattern, self.sparsity)
-        if self.method is None and self.sparsity is not None:
-            raise ValueError(f"sparsity is {self.sparsity} and no method is given: set method: sparsegpt")
-        smaller = (self.method, self.num_layers, self.intermediate_size, self.num_key_value_heads)
-        if all(value is None for value in smaller) and not self.drop_latent_attention:
+        self.parsed_pattern = Pattern.parse("2:4" if self.pattern is None else self.pattern, self.sparsity)
+        if not self.looks_at_data and not self.drop_latent_attention:
             raise ValueError(
                 "nothing is to be pruned: give method (sparsegpt, wanda, magnitude), num_layers, intermediate_size, "
                 "num_key_value_heads or drop_latent_attention"
             )
+        if self.looks_at_data and not self.datasets:
+            raise ValueError("datasets is empty; pruning looks at the data that the model was trained on: name it")
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether anything but the latent attention is to go."""
+        smaller = (self.method, self.num_layers, self.intermediate_size, self.num_key_value_heads)
+        return any(value is not None for value in smaller)
 
 
 def prune(args: PruneArguments, model: NVEmbedModel) -> list[dict]:
@@ -84,17 +90,20 @@ def prune(args: PruneArguments, model: NVEmbedModel) -> list[dict]:
         ValueError: the data or the sizes do not allow what is asked for; see `PruneArguments`, `calibration_chunks`,
             `drop_layers` and `narrow`.
     """
+    is_narrowed = args.intermediate_size is not None or args.num_key_value_heads is not None
     if args.method is not None:
-        columns = {name: args.intermediate_size or module.in_features if "down_proj" in name else module.in_features
-                   for name, module in decoder_matrices(model.embedding_model).items()}  # fmt: skip
-        for name, width in columns.items():
-            args.parsed_pattern.check_fits(f"embedding_model.{name}", width)
-    chunks = calibration_chunks(args, model)
+        check_widths(args, model)
+    elif is_narrowed and model.config.is_sparse:
+        raise ValueError(
+            f"the checkpoint is {model.config.pruning['pattern']} already, and its groups would not outlive fewer "
+            "columns: narrow the dense one first, or give method, too"
+        )
+    chunks = calibration_chunks(args, model) if args.looks_at_data else []
     pruning = dict(model.config.pruning or {})
     if args.num_layers is not None:
         kept = drop_layers(model, chunks, args.device, args.num_layers)
         pruning["layers"] = [pruning["layers"][i] for i in kept] if "layers" in pruning else kept
-    if args.intermediate_size is not None or args.num_key_value_heads is not None:
+    if is_narrowed:
         narrow(model, chunks, args.device, args.intermediate_size, args.num_key_value_heads)
         sizes = {"intermediate_size": args.intermediate_size, "num_key_value_heads": args.num_key_value_heads}
         pruning |= {name: size for name, size in sizes.items() if size is not None}
@@ -107,6 +116,19 @@ def prune(args: PruneArguments, model: NVEmbedModel) -> list[dict]:
         drop_latent_attention(model)
     model.config.pruning = pruning or None
     return report
+
+
+def check_widths(args: PruneArguments, model: NVEmbedModel) -> None:
+    """Raises a `ValueError` if a matrix, narrowed as asked for, would have rows that its pattern does not fit."""
+    text = model.config.text_config
+    heads = args.num_key_value_heads or text.num_key_value_heads
+    narrowed = {
+        "mlp.down_proj": args.intermediate_size or text.intermediate_size,
+        "self_attn.o_proj": heads * (text.num_attention_heads // text.num_key_value_heads) * text.head_dim,
+    }
+    for name, module in decoder_matrices(model.embedding_model).items():
+        kind = name.split(".", 2)[2]
+        args.parsed_pattern.check_fits(f"embedding_model.{name}", narrowed.get(kind, module.in_features))
 
 
 def prune_weights(model: NVEmbedModel, chunks: list[dict], device: str, method: str, pattern: Pattern) -> list[dict]:
@@ -146,22 +168,9 @@ def drop_latent_attention(model: NVEmbedModel) -> None:
     model.latent_attention_model = MeanPooling(model.config.latent_attention_config)
 
 
-def report_table(report: list[dict]) -> str:
-    """Markdown: by kind of matrix, the mean share of zeros and the outputs' mean and largest error over the layers."""
-    kinds = defaultdict(list)
-    for entry in report:
-        kinds[entry["matrix"].split(".", 2)[2]].append(entry)
-    rows = [["matrix", "zeros", "error of its outputs, mean", "largest"]]
-    for kind, entries in kinds.items():
-        errors = [entry["relative_error"] for entry in entries]
-        zeros = sum(entry["sparsity"] for entry in entries) / len(entries)
-        rows.append([f"`{kind}`", f"{zeros:.1%}", f"{sum(errors) / len(errors):.2%}", f"{max(errors):.2%}"])
-    return markdown_table(rows, 1)
-
-
 def main(args: PruneArguments) -> None:
     check_output_dir(args.output_dir)
-    model = load_uncompressed(args.model_name_or_path, args.model_revision, "prune")
+    model = load_uncompressed(args.model_name_or_path, args.model_revision, "prune", args.dtype)
     report = prune(args, model)
     text = describe(args, model, report)
 

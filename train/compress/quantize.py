@@ -39,7 +39,7 @@ from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed
-from nvembed.train.compress.prune import report_table
+from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import relative_error, round_gptq
 from nvembed.train.compress.sparsity import check_pattern, decoder_matrices
 
@@ -122,7 +122,7 @@ def quantize(args: QuantizeArguments, model: NVEmbedModel) -> list[dict]:
         )
     for name, (integers, scales) in rounded.items():
         put_integers(model.embedding_model.get_submodule(name), integers, scales)
-    check_pattern(_dequantized(model.embedding_model), model.config.pruning)
+    check_pattern(model.embedding_model, model.config.pruning)
     # As if loaded so: `save_pretrained` asks the quantizer how its tensors are written.
     model.hf_quantizer = AutoHfQuantizer.from_config(args.in_config)
     model.config.quantization_config = args.in_config
@@ -170,17 +170,6 @@ def put_integers(module: nn.Linear, integers: Tensor, scales: Tensor) -> None:
     module.weight = nn.Parameter(tensor, requires_grad=False)
 
 
-def _dequantized(decoder: nn.Module) -> nn.Module:
-    """The decoder's matrices alone, dequantized."""
-    names = decoder_matrices(decoder)
-    whole = nn.ModuleDict()
-    for name, module in names.items():
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
-        whole[name.replace(".", "-")] = plain
-    return whole
-
-
 def describe(args: QuantizeArguments, report: list[dict]) -> str:
     """The card's paragraph."""
     by = "GPTQ" if args.rounding == "gptq" else "rounding to nearest"
@@ -195,7 +184,7 @@ def describe(args: QuantizeArguments, report: list[dict]) -> str:
 
 def main(args: QuantizeArguments) -> None:
     check_output_dir(args.output_dir)
-    model = load_uncompressed(args.model_name_or_path, args.model_revision, "quantize")
+    model = load_uncompressed(args.model_name_or_path, args.model_revision, "quantize", args.dtype)
     report = quantize(args, model)
     text = describe(args, report)
 

@@ -106,7 +106,7 @@ def inverse_factor(moments: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the moments are not finite, or not a sum of squares.
     """
     if not moments.isfinite().all():
-        raise ValueError("the inputs hold NaN or infinity; load the model in float32 or bfloat16")
+        raise ValueError("a matrix's inputs hold NaN or infinity; set dtype: float32 or bfloat16")
     damped = moments.clone()
     unused = damped.diagonal() == 0
     damped.diagonal()[unused] = 1

@@ -34,6 +34,8 @@ class Pattern:
             raise ValueError(
                 f"sparsity is {sparsity}; it must be above 0 and below 1, such as 0.5 for half the weights"
             )
+        if not isinstance(name, str):
+            raise ValueError(f'pattern is {name!r}, a number to YAML: put it in quotes, as pattern: "2:4"')
         if name == "unstructured":
             return cls(0.5 if sparsity is None else sparsity)
         found = re.fullmatch(r"(\d+):(\d+)", name)
@@ -99,7 +101,8 @@ def check_pattern(decoder: nn.Module, pruning: dict | None) -> None:
         return
     pattern = Pattern.parse(pruning["pattern"], pruning["sparsity"])
     for name, module in decoder_matrices(decoder).items():
-        if not pattern.holds(module.weight):
+        weight = module.weight.dequantize() if hasattr(module.weight, "qdata") else module.weight
+        if not pattern.holds(weight):
             raise ValueError(
                 f"embedding_model.{name} is not {pattern}, and config.json says so (pruning): the weights were changed "
                 "since; prune the original again"

@@ -96,7 +96,7 @@ def test_later_layers_see_what_the_pruned_ones_give(asked, model):
 
 def test_layers_neurons_and_heads_are_dropped(asked, model, tmp_path, encode_without_nvembed):
     dense = model.encode(["a text"])
-    prune(asked(method=None, num_layers=2, intermediate_size=40, num_key_value_heads=1, pattern="2:4"), model)
+    prune(asked(method=None, num_layers=2, intermediate_size=40, num_key_value_heads=1), model)
     assert (
         model.config.pruning["layers"] == sorted(model.config.pruning["layers"])
         and len(model.embedding_model.layers) == 2
@@ -157,7 +157,9 @@ def test_the_script_writes_a_checkpoint_that_says_what_it_is(asked, checkpoint, 
     ("overrides", "message"),
     [
         ({"method": None}, "nothing is to be pruned"),
-        ({"method": None, "sparsity": 0.5, "num_layers": 1}, "no method is given"),
+        ({"method": None, "sparsity": 0.5, "num_layers": 1}, "sparsity is 0.5 and no method is given"),
+        ({"method": None, "pattern": "4:8", "num_layers": 1}, "pattern is 4:8 and no method is given"),
+        ({"pattern": 124}, 'put it in quotes, as pattern: "2:4"'),
         ({"sparsity": 2.0, "pattern": "unstructured"}, "above 0 and below 1"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"datasets": []}, "datasets is empty"),
@@ -183,6 +185,14 @@ def test_bad_settings_are_refused_before_loading(asked, overrides, message):
 def test_what_does_not_fit_the_model_is_refused(asked, model, overrides, message):
     with pytest.raises(ValueError, match=message):
         prune(asked(**overrides), model)
+
+
+def test_a_sparse_checkpoint_is_not_narrowed_alone(asked, model):
+    prune(asked(pattern="2:4"), model)
+    with pytest.raises(ValueError, match="is 2:4 already, and its groups would not outlive"):
+        prune(asked(method=None, intermediate_size=42), model)
+    prune(asked(method="wanda", pattern="4:8", intermediate_size=40), model)
+    assert all(Pattern.parse("4:8").holds(m.weight) for m in decoder_matrices(model.embedding_model).values())
 
 
 def test_folded_checkpoints_are_refused(model, tmp_path):

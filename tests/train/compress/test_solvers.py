@@ -22,14 +22,18 @@ PATTERNS = ["unstructured", "4:8", "2:4"]
 
 
 @pytest.fixture
-def matrix() -> tuple[Tensor, Tensor]:
-    """A matrix of 48 x 256 and the moments of 2,000 correlated inputs, whose columns differ in size."""
+def inputs() -> Tensor:
+    """2,000 correlated inputs, whose columns differ in size."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 256, generator=generator)
     inputs = torch.randn(2000, 64, generator=generator) @ torch.randn(64, 256, generator=generator)
     inputs = inputs + torch.randn(2000, 256, generator=generator)
-    inputs = inputs * torch.rand(256, generator=generator)
-    return weight, inputs.T @ inputs
+    return inputs * torch.rand(256, generator=generator)
+
+
+@pytest.fixture
+def matrix(inputs) -> tuple[Tensor, Tensor]:
+    """A matrix of 48 x 256 and the moments of its inputs."""
+    return torch.randn(48, 256, generator=torch.Generator().manual_seed(1)), inputs.T @ inputs
 
 
 def reference(weight: Tensor, moments: Tensor, pattern: Pattern | None, scales: Tensor | None = None) -> Tensor:
@@ -57,11 +61,11 @@ def reference(weight: Tensor, moments: Tensor, pattern: Pattern | None, scales: 
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_wanda_is_its_definition(name, matrix):
+def test_wanda_is_its_definition(name, matrix, inputs):
     weight, moments = matrix
     pattern = Pattern.parse(name)
     pruned = prune_wanda(weight, moments, pattern)
-    scores = weight.abs() * moments.diagonal().sqrt()
+    scores = weight.abs() * inputs.double().norm(dim=0).float()
     for row, row_scores, row_pruned in zip(weight, scores, pruned):
         group = pattern.group or len(row)
         for start in range(0, len(row), group):
