@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor
@@ -133,16 +134,34 @@ def test_a_quantized_checkpoint_is_neither_quantized_again_nor_trained(asked, mo
             add_adapter(NVEmbedModel.from_pretrained(tmp_path / "int8"), arguments)
 
 
-def test_the_script_writes_half_the_bytes(checkpoint, tmp_path):
-    command = [sys.executable, ROOT / "train/compress/quantize.py", "--model_name_or_path", checkpoint]
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_activations_in_int8_too(asked, model, tmp_path, rounding):
+    dense = model.encode(TEXTS)
+    quantize(asked(quantize_activations=True, rounding=rounding), model)
+    write_checkpoint(model, str(tmp_path / "int8"))
+    again = NVEmbedModel.from_pretrained(tmp_path / "int8")
+    assert again.embedding_model.layers[0].mlp.up_proj.weight.act_quant_kwargs is not None
+    assert torch.allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+    assert (torch.cosine_similarity(again.encode(TEXTS), dense) > 0.99).all()
+
+
+def test_the_script_writes_half_the_bytes_of_bf16(checkpoint, tmp_path):
+    NVEmbedModel.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    command = [sys.executable, ROOT / "train/compress/quantize.py", "--model_name_or_path", tmp_path / "bf16"]
     command += ["--output_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "in int8" in done.stdout and "in int8" in (tmp_path / "out" / "README.md").read_text()
-    dense, quantized = ((folder / "model.safetensors").stat().st_size for folder in (checkpoint, tmp_path / "out"))
-    assert quantized < 0.75 * dense  # in fp32, and most of the tiny one is its latent attention
+    bytes_of = []
+    for folder in ("bf16", "out"):
+        with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as file:
+            names = [name for name in list(file.keys()) if "_proj." in name or "embed_tokens" in name]
+            tensors = {name: file.get_tensor(name) for name in names}
+        bytes_of.append(sum(t.nbytes for name, t in tensors.items() if not name.endswith(("scale", "zero_point"))))
+    assert bytes_of[1] == bytes_of[0] / 2
     again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert again.returncode != 0 and "already holds a checkpoint" in again.stderr
+    assert again.returncode != 0 and again.stderr.splitlines()[-1].startswith("quantize: ")
+    assert "already holds a checkpoint" in again.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
