@@ -1,6 +1,7 @@
 """Distillation: each part of the loss against its definition, and students trained by the script."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from nvembed.eval.models import load_model
 from nvembed.eval.vectors import VectorShards
 from nvembed.train.arguments import DistillArguments
 from nvembed.train.collator import BatchText, TripletCollator
+from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.distillation import (
@@ -28,6 +30,7 @@ from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.losses import TeacherScores, contrast
 from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, cache_embeddings
 from tests.conftest import SENTENCES, randomize
+from tests.train.test_trainer import FSDP2, TORCHRUN
 from tests.triplets import prepare, write_jsonl
 
 
@@ -297,16 +300,19 @@ def test_bad_settings_are_refused(tmp_path, options, message):
         DistillArguments(**({"output_dir": str(tmp_path), "teacher": "t", "use_cpu": True} | options))
 
 
-def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8) -> list[dict]:
+def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8, environment=None) -> list[dict]:
     """Runs the script and returns its log."""
+    sharded = [ROOT / "tests" / "train" / "fsdp2_stage.py"] if environment else []
     command = [
-        sys.executable, *launcher, ROOT / "train/distill.py", "--model_name_or_path", student, "--teacher", teacher,
+        sys.executable, *launcher, *sharded, ROOT / "train/distill.py", "--model_name_or_path", student,
+        "--teacher", teacher,
         "--datasets", data, "--instruction", "Find it", "--num_negatives", "1", "--max_length", "32",
         "--output_dir", output_dir, "--per_device_train_batch_size", rows, "--max_steps", "20", "--use_cpu",
         "--learning_rate", "0.003", "--warmup_steps", "0", "--logging_steps", "5", "--report_to", "none",
         "--lora_dropout", "0", *options,
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    environment = os.environ | (environment or {})
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
@@ -341,9 +347,33 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, d
 def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path):
     student.save_pretrained(tmp_path / "student")
     options = ["--kd_losses", "states", "scores", "--in_batch_negatives", "true"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = ["-m", *TORCHRUN]
     one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
     two = distil(tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, launcher=launcher, rows=4)
     for name in ("loss", "kd/scores"):
         losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_shards_of_a_pruned_student_keep_its_zeros(student, teacher_dir, data, tmp_path, use_peft):
+    """Under FSDP2, in chunks, which the processes have different numbers of: as one process with the whole batch."""
+    pattern = Pattern.parse("2:4")
+    for module in decoder_matrices(student.embedding_model).values():
+        module.weight.data.masked_fill_(pattern.lowest(module.weight.abs()), 0)
+    student.config.pruning = {"method": "magnitude", "pattern": "2:4", "sparsity": 0.5}
+    student.save_pretrained(tmp_path / "student")
+    options = ["--kd_losses", "states", "scores", "--use_peft", use_peft, "--max_steps", "3", "--logging_steps", "1"]
+    sharded = {"launcher": ["-m", *TORCHRUN], "rows": 4, "environment": FSDP2}
+    one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
+    two = distil(
+        tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, "--chunk_tokens", "40",
+        "--ddp_backend=gloo", **sharded,
+    )  # fmt: skip
+    losses = [[entry["kd/scores"] for entry in log if "kd/scores" in entry] for log in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    trained = NVEmbedModel.from_pretrained(tmp_path / "two")
+    for name, module in decoder_matrices(trained.embedding_model).items():
+        before = student.embedding_model.get_submodule(name).weight
+        assert pattern.holds(module.weight) and not torch.equal(module.weight, before)
