@@ -228,6 +228,14 @@ class MistralDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def embed_rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """`embedding(ids)`; of a table in 8 bits, where torchao would dequantize all of it, these rows alone."""
+    table = embedding.weight
+    if not hasattr(table, "qdata"):
+        return embedding(ids)
+    return (table.qdata[ids].float() * table.scale.float()[ids]).to(table.dtype)
+
+
 class BidirectionalMistralModel(nn.Module):
     """Mistral's layers with bidirectional (`mask_type="b"`) or causal (`"c"`) attention; padding is always masked.
 
@@ -256,7 +264,7 @@ class BidirectionalMistralModel(nn.Module):
         Without `layout`, each row is one text without padding. `inputs_embeds`, `[..., hidden]`, replaces ids. The
         inputs of every layer are appended to `collected`, a list.
         """
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = embed_rows(self.embed_tokens, input_ids) if inputs_embeds is None else inputs_embeds
         layout = layout or PaddedLayout(x.shape[-2])
         cos, sin = self.rotations(x, layout)
         for layer in self.layers:

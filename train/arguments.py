@@ -17,8 +17,15 @@ from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource, resolve_entry
 
 
-# Steps that a recipe may hold the settings of, each under its own key.
-STAGES = ("stage1", "stage2", "prune", "distill", "quantize", "ladder")
+# Steps that a recipe may hold the settings of, each under its own key, and their scripts.
+STAGES = {
+    "stage1": "train/stage1.py",
+    "stage2": "train/stage2.py",
+    "prune": "train/compress/prune.py",
+    "distill": "train/distill.py",
+    "quantize": "train/compress/quantize.py",
+    "ladder": "train/compress/ladder.py",
+}
 
 
 class RecipeParser(TrlParser):
@@ -52,7 +59,8 @@ class RecipeParser(TrlParser):
             if not isinstance(part, dict):
                 raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
         if parts and self.stage not in parts:
-            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run the script of one of these")
+            run = STAGES[next(iter(parts))]
+            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run {run}")
         config |= parts.get(self.stage, {})
         if isinstance(config.get("datasets"), (list, dict, str)):
             entries = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]

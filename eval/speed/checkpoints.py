@@ -2,8 +2,8 @@
 
 python eval/speed/checkpoints.py runs/stage2 runs/int8 [--texts 256] [--rounds 3]
 
-Memory is the process's resident set above what it had before loading: after loading, and at the peak of encoding. On a
-GPU it is torch's own count there. Prints JSON, one object a checkpoint, with medians.
+Memory: that of the weights as they are stored, by count, and the peak of encoding, above what the process had before
+loading: its resident set or, on a GPU, torch's own count. Prints JSON, one object a checkpoint, with medians.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nvembed import NVEmbedModel
+from nvembed.eval.speed.compressed import stored_bytes
 from nvembed.eval.speed.encode import real_texts, reset_peak_memory
 
 
@@ -44,7 +45,7 @@ def measure(checkpoint: str, texts: int, words: int, device: str) -> dict[str, f
     before = memory(place)
     model = NVEmbedModel.from_pretrained(checkpoint, dtype="auto", fold_latent_attention=False).to(place).eval()
     gc.collect()
-    loaded = memory(place) - before
+    weights = stored_bytes(model) / 1e9
     model.encode(prompts[:8], max_length=512)
     reset_peak_memory(place)
     start = time.perf_counter()
@@ -52,7 +53,7 @@ def measure(checkpoint: str, texts: int, words: int, device: str) -> dict[str, f
     if place.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return {"loaded_gb": loaded, "peak_gb": memory(place, peak=True) - before, "texts_per_second": texts / seconds}
+    return {"weights_gb": weights, "peak_gb": memory(place, peak=True) - before, "texts_per_second": texts / seconds}
 
 
 def main() -> None:

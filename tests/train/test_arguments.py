@@ -5,7 +5,17 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments, Stage2Arguments
+from nvembed.train.arguments import (
+    STAGES,
+    DataArguments,
+    DistillArguments,
+    ModelArguments,
+    RecipeParser,
+    Stage1Arguments,
+    Stage2Arguments,
+)
+from nvembed.train.compress.prune import PruneArguments
+from nvembed.train.compress.quantize import QuantizeArguments
 from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource, check_exists, check_sources
 
@@ -89,7 +99,7 @@ def test_recipes_are_known_by_name(tmp_path, monkeypatch):
     parser = RecipeParser(ModelArguments, DataArguments, Stage1Arguments)
     with pytest.raises(ValueError, match="--config is given more than once"):
         parser.parse_args_and_config(["--config", "smollm2", "--config=finetune"])
-    with pytest.raises(ValueError, match="--config smollm is neither a file nor .* recipe; the recipes are finetune, "):
+    with pytest.raises(ValueError, match="--config smollm is neither a file nor .* recipe; the recipes are compress, "):
         parser.parse_args_and_config(["--config", "smollm"])
 
 
@@ -113,20 +123,23 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
     if "tasks" in content or path.stem.endswith("-data"):
         pytest.skip("no recipe of a training")
     monkeypatch.chdir(path.parents[2])
-    for name, stage in (("stage1", Stage1Arguments), ("stage2", Stage2Arguments)):
-        if (
-            {"stage1", "stage2"} & content.keys()
-            or name in path.stem
-            or (name == "stage1" and "stage" not in path.stem)
-        ):
-            parser = RecipeParser(ModelArguments, DataArguments, stage)
-            on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
-            _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
-            for source in check_sources(data_args.datasets):
-                assert source.kind is not None and (source.instruction is not None or source.set is not None), source
-            assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
-            if path.stem.startswith("paper"):
-                assert training_args.per_device_train_batch_size == 128, "of one process"
+    steps = {"stage1": Stage1Arguments, "stage2": Stage2Arguments, "distill": DistillArguments}
+    here = [name for name in steps if name in content or name in path.stem]
+    if not STAGES.keys() & content.keys():
+        here = here or ["stage1"]  # a recipe of one step, which its name tells
+    for name in here:
+        parser = RecipeParser(ModelArguments, DataArguments, steps[name])
+        on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
+        _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
+        for source in check_sources(data_args.datasets):
+            assert source.kind is not None and (source.instruction is not None or source.set is not None), source
+        assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
+        if path.stem.startswith("paper"):
+            assert training_args.per_device_train_batch_size == 128, "of one process"
+    for name, step in (("prune", PruneArguments), ("quantize", QuantizeArguments)):
+        if name in content:
+            (args,) = RecipeParser(step).parse_args_and_config(["--config", str(path)])
+            assert args.datasets and args.output_dir.startswith("runs/")
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-4b", "qwen2.5-3b", "llama-3.2-3b", "stock-servers"])

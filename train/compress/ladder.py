@@ -23,16 +23,11 @@ from matplotlib.figure import Figure
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.models import digest_model
-from nvembed.train.arguments import find_recipe
+from nvembed.train.arguments import STAGES, find_recipe
 from nvembed.train.commands import ROOT, TRAININGS, errors_in_one_line, make_checkpoint, run, score, step_settings
 
 
-SCRIPTS = {
-    "prune": "train/compress/prune.py",
-    "stage2": "train/stage2.py",
-    "distill": "train/distill.py",
-    "quantize": "train/compress/quantize.py",
-}
+STEPS = ("prune", "stage2", "distill", "quantize")
 
 
 @dataclass
@@ -73,8 +68,8 @@ class Ladder:
             output_dir, tasks = Path(ladder["output_dir"]), ladder["tasks"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} lacks {error} for a ladder; see train/recipes/compress.yaml") from None
-        if unknown := [step for step in steps if step not in SCRIPTS]:
-            raise ValueError(f"{file}: there is no step {unknown[0]!r}; the steps are {', '.join(SCRIPTS)}")
+        if unknown := [step for step in steps if step not in STEPS]:
+            raise ValueError(f"{file}: there is no step {unknown[0]!r}; the steps are {', '.join(STEPS)}")
         before = None
         for step, folder in steps.items():
             if before is not None and begins[step] != before:
@@ -103,7 +98,7 @@ def run_ladder(ladder: Ladder) -> list[dict]:
     for step, folder in ladder.steps.items():
         digest = digest_model(Path(begin)) if Path(begin).is_dir() else begin
         made_of = step_settings(ladder.recipe, step) | {"begins with": digest}
-        make_checkpoint(folder, SCRIPTS[step], ["--config", str(ladder.recipe)], made_of)
+        make_checkpoint(folder, STAGES[step], ["--config", str(ladder.recipe)], made_of)
         begin = str(folder)
     results = []
     for name, checkpoint in ladder.rungs.items():
@@ -119,10 +114,10 @@ def run_ladder(ladder: Ladder) -> list[dict]:
 
 def table(results: list[dict]) -> str:
     names = ["average", *(name for name in results[0]["scores"] if name != "average")]
-    costs = ["MB on disk", "MB loaded", "MB at the peak", "texts/s"]
+    costs = ["MB on disk", "MB of weights", "MB at the peak", "texts/s"]
     rows = [["step", *names, *costs]]
     for result in results:
-        sizes = [1000 * result[name] for name in ("disk_gb", "loaded_gb", "peak_gb")]
+        sizes = [1000 * result[name] for name in ("disk_gb", "weights_gb", "peak_gb")]
         shown = [f"{result['scores'][name]:.2f}" for name in names] + [f"{size:,.0f}" for size in sizes]
         rows.append([result["rung"], *shown, f"{result['texts_per_second']:.1f}"])
     return markdown_table(rows, 1)
@@ -153,8 +148,8 @@ def main() -> None:
     ladder = Ladder.read(args.recipe)
     if args.dry_run:
         for step in ladder.steps:
-            start = ["accelerate", "launch"] if Path(SCRIPTS[step]).name in TRAININGS else ["python"]
-            print(shlex.join([*start, SCRIPTS[step], "--config", str(ladder.recipe)]))
+            start = ["accelerate", "launch"] if Path(STAGES[step]).name in TRAININGS else ["python"]
+            print(shlex.join([*start, STAGES[step], "--config", str(ladder.recipe)]))
         return
     results = run_ladder(ladder)
     write_json(ladder.output_dir / "ladder.json", results)

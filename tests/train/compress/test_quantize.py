@@ -13,6 +13,7 @@ from torch import nn
 from torchao.quantization import Float8Tensor, Int8Tensor
 
 from nvembed import NVEmbedModel
+from nvembed.modeling_nvembed import embed_rows
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
@@ -116,6 +117,14 @@ def test_weights_that_lost_their_zeros_are_refused(asked, model):
     model.config.pruning = {"method": "magnitude", "pattern": "2:4", "sparsity": 0.5}
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is not 2:4"):
         quantize(asked(), model)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "float8_e4m3fn"])
+def test_only_the_rows_asked_for_are_dequantized(asked, model, weight_dtype):
+    quantize(asked(weight_dtype=weight_dtype), model)
+    ids = torch.tensor([[5, 0, 399], [7, 7, 2]])
+    table = model.embedding_model.embed_tokens
+    assert torch.allclose(embed_rows(table, ids), table.weight.dequantize()[ids], atol=1e-7)
 
 
 def test_embeddings_may_stay(asked, model):
