@@ -1,4 +1,5 @@
-from nvembed.eval.quiet import quiet_imports
+import logging
 
 
-quiet_imports()
+# Before anything imports it, which peft does: it warns about kernels that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

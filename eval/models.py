@@ -129,10 +129,14 @@ def normalized(embed: Embed) -> Embed:
     """Wraps an `Embed` to give vectors of length 1, whose dot products are cosines."""
 
     def unit(texts: list[str], prefix: str) -> np.ndarray:
-        embeddings = embed(texts, prefix)
-        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
+        return scaled_to_1(embed(texts, prefix))
 
     return unit
+
+
+def scaled_to_1(vectors: np.ndarray) -> np.ndarray:
+    """Rows `[vectors, width]` divided by their lengths."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def check_finite(embed: Embed) -> Embed:

@@ -51,9 +51,9 @@ def run(args: MtebArguments) -> dict | None:
     """
     tasks = select_tasks(args.tasks)
     certificate = read_training_data(args.model, args.revision)
-    queries = args.load_query_model()
-    if queries is not None:
+    if args.query_model is not None:
         check_retrieval(tasks)
+    queries = args.load_query_model()
     model = args.load()
     with split_over_processes(model.embed if queries is None else routed(model, queries)) as embed:
         if embed is None:

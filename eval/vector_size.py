@@ -29,7 +29,7 @@ from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.measure import measure
-from nvembed.eval.models import normalized
+from nvembed.eval.models import normalized, scaled_to_1
 from nvembed.eval.processes import Embed
 from nvembed.eval.tasks.lookup import instructions_for, select_tasks
 
@@ -92,21 +92,17 @@ class Variant:
         if self.is_centred:
             mean = calibration.mean(0)
             embeddings, calibration = embeddings - mean, calibration - mean
-        vectors = unit(embeddings[:, : self.dims])
+        vectors = scaled_to_1(embeddings[:, : self.dims])
         if self.precision == "float32":
             return vectors
         if self.precision == "binary":
             bits = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1, count=self.dims)
             return 2.0 * bits.astype(np.float32) - 1
-        known = unit(calibration[:, : self.dims])
+        known = scaled_to_1(calibration[:, : self.dims])
         ranges = np.stack([known.min(0), known.max(0)])
         ranges[1] = np.maximum(ranges[1], ranges[0] + 1e-9)
         # Values outside of the ranges would wrap around.
         return quantize_embeddings(vectors.clip(*ranges), "int8", ranges=ranges).astype(np.float32)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def remembered(embed: Embed) -> Embed:
@@ -157,13 +153,13 @@ def run(args: VectorSizeArguments) -> list[dict]:
     folder = results.claim_folder(args.output_dir, args.settings(model) | {"mteb": mteb.__version__} | options, {})
     conditions = {t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) for t in tasks}
     embed = remembered(normalized(model.embed))
+    chosen = variants(embed(["one text"], "").shape[1], args)
     calibration = None if texts is None else embed(texts, model.document_prefix())
-    width = embed(["one text"], "").shape[1]
     file = folder / "vector_size.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mean_cosine": None, "variants": {}}
     if calibration is not None:
         done["mean_cosine"] = mean_cosine(calibration)
-    for variant in variants(width, args):
+    for variant in chosen:
         before = done["variants"].get(str(variant), {})
         known = {
             name: value
@@ -185,7 +181,7 @@ def run(args: VectorSizeArguments) -> list[dict]:
             "average": statistics.mean(scores.values()),
         }  # fmt: skip
         write_json(file, done)
-    entries = [done["variants"][str(variant)] for variant in variants(width, args)]
+    entries = [done["variants"][str(variant)] for variant in chosen]
     draw(entries, folder / "vector_size.png")
     if done["mean_cosine"] is not None:
         print(f"Mean cosine of two calibration texts: {done['mean_cosine']:.2f}\n")

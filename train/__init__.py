@@ -1,4 +1,1 @@
-from nvembed.eval.quiet import quiet_imports
-
-
-quiet_imports()
+import nvembed.eval  # noqa: F401  # first: it quiets a library that the modules here import

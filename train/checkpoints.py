@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers.utils.logging import get_logger
 
 from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.stored import stored_parts
 from nvembed.modeling_nvembed import NVEmbedModel, check_tensors
 
 
@@ -104,14 +104,6 @@ def quantized_by(config: NVEmbedConfig) -> str | None:
         return None
     method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
     return getattr(method, "value", method)
-
-
-def stored_parts(tensor: Tensor) -> list[Tensor]:
-    """A tensor, or the tensors that a quantized or sparse one of torch's subclasses is stored as."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in stored_parts(getattr(tensor, name))]
 
 
 def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from nvembed.eval.files import write_json
+from nvembed.eval.models import digest_model
 from nvembed.train.arguments import STAGES
 
 
@@ -57,11 +58,12 @@ def run(script: str, *arguments: str) -> str:
     return subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def step_settings(recipe: Path, step: str) -> dict:
-    """What a recipe says of one step: its own settings, and the common ones that they override."""
+def describe_step(recipe: Path, step: str, begins_with: str) -> dict:
+    """What decides a step's result: its settings in a recipe and the common ones, and the checkpoint it begins with."""
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     settings = {name: value for name, value in content.items() if name not in STAGES} | content[step]
-    return {name: value for name, value in settings.items() if name != "output_dir"}
+    begin = digest_model(Path(begins_with)) if Path(begins_with).is_dir() else begins_with
+    return {name: value for name, value in settings.items() if name != "output_dir"} | {"begins with": begin}
 
 
 def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping) -> None:

@@ -30,8 +30,7 @@ class SparseLora(lora.Linear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         base, dropout = self.get_base_layer(), self.lora_dropout[adapter]
-        delta = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
-        delta = delta * self.scaling[adapter] * (base.weight != 0)
+        delta = self.get_delta_weight(adapter)
         if isinstance(dropout, nn.Identity) or not self.training:
             return F.linear(x, base.weight + delta.to(base.weight.dtype), base.bias)
         result = base(x)

@@ -12,27 +12,14 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nvembed import NVEmbedModel
-from nvembed.eval.speed.compressed import stored_bytes
-from nvembed.eval.speed.encode import real_texts, reset_peak_memory
-
-
-def resident(name: str = "VmRSS") -> float:
-    """GB of this process: VmRSS now, VmHWM at the peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-def memory(device: torch.device, peak: bool = False) -> float:
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e9
-    return resident("VmHWM" if peak else "VmRSS")
+from nvembed.eval.speed.encode import peak_memory, real_texts, reset_peak_memory, timed
+from nvembed.eval.stored import stored_bytes
 
 
 def measure(checkpoint: str, texts: int, words: int, device: str) -> dict[str, float]:
@@ -42,18 +29,15 @@ def measure(checkpoint: str, texts: int, words: int, device: str) -> dict[str, f
     _, passages = real_texts(words)
     prompts = [passages[i % len(passages)] for i in range(texts)]
     gc.collect()
-    before = memory(place)
-    model = NVEmbedModel.from_pretrained(checkpoint, dtype="auto", fold_latent_attention=False).to(place).eval()
-    gc.collect()
-    weights = stored_bytes(model) / 1e9
-    model.encode(prompts[:8], max_length=512)
     reset_peak_memory(place)
-    start = time.perf_counter()
-    model.encode(prompts, max_length=512)
-    if place.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return {"weights_gb": weights, "peak_gb": memory(place, peak=True) - before, "texts_per_second": texts / seconds}
+    before = peak_memory(place)  # what is there now
+    model = NVEmbedModel.from_pretrained(checkpoint, dtype="auto").to(place).eval()
+    model.encode(prompts[:8], max_length=512)
+    gc.collect()
+    reset_peak_memory(place)
+    seconds = timed(lambda: model.encode(prompts, max_length=512), place)
+    peak = peak_memory(place) - before
+    return {"weights_gb": stored_bytes(model) / 1e9, "peak_gb": peak, "texts_per_second": texts / seconds}
 
 
 def main() -> None:

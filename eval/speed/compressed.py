@@ -42,6 +42,7 @@ from nvembed.eval.speed.encode import (
     timed,
     train_tokenizer,
 )
+from nvembed.eval.stored import stored_bytes
 from nvembed.texts_nvembed import PackedLayout, tokenize
 
 
@@ -95,18 +96,6 @@ def compile_layers(decoder: nn.Module) -> None:
         PackedLayout.attend = torch.compiler.disable(PackedLayout.attend)
     for layer in decoder.layers:
         layer.compile(dynamic=True)
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights, those inside of quantized and sparse tensors counted as they are stored."""
-
-    def count(tensor: Tensor) -> int:
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            return sum(count(getattr(tensor, name)) for name in names)
-        return tensor.numel() * tensor.element_size()
-
-    return sum(count(parameter.data) for parameter in module.parameters())
 
 
 def make_ways(decoder: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module | str]]:

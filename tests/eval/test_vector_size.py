@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from nvembed.eval.vector_size import Variant, VectorSizeArguments, mean_cosine, run, unit
+from nvembed.eval.models import scaled_to_1
+from nvembed.eval.vector_size import Variant, VectorSizeArguments, mean_cosine, run
 from tests.triplets import write_jsonl
 
 
 @pytest.fixture
 def vectors() -> np.ndarray:
     generator = np.random.default_rng(0)
-    return unit(generator.normal(size=(300, 32)).astype(np.float32) + 0.5)
+    return scaled_to_1(generator.normal(size=(300, 32)).astype(np.float32) + 0.5)
 
 
 def test_mean_cosine_is_that_of_all_pairs(vectors):
@@ -22,18 +23,18 @@ def test_mean_cosine_is_that_of_all_pairs(vectors):
 
 def test_variants_are_what_they_say(vectors):
     calibration, texts = vectors[:200], vectors[200:]
-    assert np.allclose(Variant(16, "float32", False).apply(texts, None), unit(texts[:, :16]))
-    centred = unit((texts - calibration.mean(0))[:, :16])
+    assert np.allclose(Variant(16, "float32", False).apply(texts, None), scaled_to_1(texts[:, :16]))
+    centred = scaled_to_1((texts - calibration.mean(0))[:, :16])
     assert np.allclose(Variant(16, "float32", True).apply(texts, calibration), centred, atol=1e-6)
     assert np.array_equal(Variant(16, "binary", True).apply(texts, calibration), np.where(centred > 0, 1, -1))
     assert Variant(16, "binary", False).bytes == 2 and Variant(16, "int8", False).bytes == 16
-    known = unit((calibration - calibration.mean(0))[:, :16])
+    known = scaled_to_1((calibration - calibration.mean(0))[:, :16])
     low, high = known.min(0), known.max(0)
     codes = Variant(16, "int8", True).apply(texts, calibration)
     expected = (centred.clip(low, high) - low) / ((high - low) / 255) - 128
     assert codes.min() >= -128 and codes.max() <= 127 and np.abs(codes - expected).max() <= 1.0
     inside = Variant(16, "int8", False).apply(calibration, calibration)
-    assert np.corrcoef(inside[:, 3], unit(calibration[:, :16])[:, 3])[0, 1] > 0.999
+    assert np.corrcoef(inside[:, 3], scaled_to_1(calibration[:, :16])[:, 3])[0, 1] > 0.999
 
 
 @pytest.fixture

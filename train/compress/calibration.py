@@ -29,9 +29,12 @@ SAME_INPUTS = {
 
 
 @dataclass
-class CalibrationArguments(TripletArguments):
-    """The triplets that pruning and rounding look at, and where they do."""
+class CompressionArguments(TripletArguments):
+    """The checkpoint that a step changes, and the triplets that it looks at."""
 
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The trained checkpoint."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the new checkpoint."})
     num_negatives: int = field(default=1, metadata={"help": "Hard negatives of a triplet that are looked at."})
     calibration_samples: int = field(
         default=128, metadata={"help": "Triplets to look at; of sets without a weight in equal shares."}
@@ -46,13 +49,16 @@ class CalibrationArguments(TripletArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("model_name_or_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing; give --{name}, or name it in the recipe")
         if self.calibration_samples < 1:
             raise ValueError(f"calibration_samples is {self.calibration_samples}; it must be 1 or more")
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def calibration_chunks(args: CalibrationArguments, model: NVEmbedModel) -> list[dict]:
+def calibration_chunks(args: CompressionArguments, model: NVEmbedModel) -> list[dict]:
     """The texts of `calibration_samples` triplets, each once, packed without padding, with their instructions.
 
     Raises:

@@ -16,13 +16,12 @@ import yaml
 
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
-from nvembed.eval.models import digest_model
-from nvembed.train.arguments import find_recipe
-from nvembed.train.commands import errors_in_one_line, make_checkpoint, score, step_settings
+from nvembed.train.arguments import STAGES, find_recipe
+from nvembed.train.commands import describe_step, errors_in_one_line, make_checkpoint, score
 from nvembed.train.compress.solvers import METHODS
 
 
-ARMS = {"retrained": "train/stage2.py", "distilled": "train/distill.py"}
+ARMS = {"retrained": "stage2", "distilled": "distill"}  # and their steps
 
 
 def fill(args: argparse.Namespace, recipe: Path) -> dict[str, list[float]]:
@@ -37,19 +36,19 @@ def fill(args: argparse.Namespace, recipe: Path) -> dict[str, list[float]]:
         write_json(folder / f"{name}.scores.json", scores)
         return scores["average"]
 
+    of_pruning = describe_step(recipe, "prune", dense)
     cells["dense"] = [measure("dense", dense)]
     for method, pattern in product(args.methods, args.patterns):
         name = f"{method}-{pattern.replace(':', '-')}"
         cell = ["--method", method, "--pattern", pattern, "--drop_latent_attention", "false"]
-        made_of = step_settings(recipe, "prune") | {"begins with": digest_model(Path(dense))}
-        make_checkpoint(folder / name, "train/compress/prune.py", [*config, *cell], made_of)
+        make_checkpoint(folder / name, STAGES["prune"], [*config, *cell], of_pruning)
         cells[f"{method} {pattern} pruned"] = [measure(name, str(folder / name))]
     for seed, (method, pattern), arm in product(args.seeds, product(args.methods, args.patterns), args.arms):
         pruned = f"{method}-{pattern.replace(':', '-')}"
         name = f"{pruned}-{arm}-{seed}"
         cell = ["--model_name_or_path", str(folder / pruned), "--seed", str(seed)]
-        made_of = step_settings(recipe, Path(ARMS[arm]).stem) | {"begins with": digest_model(folder / pruned)}
-        make_checkpoint(folder / name, ARMS[arm], [*config, *cell], made_of)
+        made_of = describe_step(recipe, ARMS[arm], str(folder / pruned))
+        make_checkpoint(folder / name, STAGES[ARMS[arm]], [*config, *cell], made_of)
         cells.setdefault(f"{method} {pattern} {arm}", []).append(measure(name, str(folder / name)))
     return cells
 

@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
-from nvembed.eval.models import digest_model
 from nvembed.train.arguments import STAGES, find_recipe
-from nvembed.train.commands import ROOT, TRAININGS, errors_in_one_line, make_checkpoint, run, score, step_settings
+from nvembed.train.commands import ROOT, TRAININGS, describe_step, errors_in_one_line, make_checkpoint, run, score
 
 
 STEPS = ("prune", "stage2", "distill", "quantize")
@@ -96,8 +95,7 @@ def run_ladder(ladder: Ladder) -> list[dict]:
     """
     begin = ladder.start
     for step, folder in ladder.steps.items():
-        digest = digest_model(Path(begin)) if Path(begin).is_dir() else begin
-        made_of = step_settings(ladder.recipe, step) | {"begins with": digest}
+        made_of = describe_step(ladder.recipe, step, begin)
         make_checkpoint(folder, STAGES[step], ["--config", str(ladder.recipe)], made_of)
         begin = str(folder)
     results = []

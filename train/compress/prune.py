@@ -10,20 +10,16 @@ unstructured and 4:8 sparsity nowhere. `num_layers`, `intermediate_size` and `nu
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import nn
 
-from nvembed.eval.files import write_json
 from nvembed.modeling_nvembed import MeanPooling, NVEmbedModel
 from nvembed.train.arguments import RecipeParser
-from nvembed.train.card import continue_card
-from nvembed.train.certificate import copy_certificate
-from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.commands import errors_in_one_line
-from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
-from nvembed.train.compress.checkpoint import load_uncompressed
+from nvembed.train.compress.calibration import CompressionArguments, LayerInputs, calibration_chunks, walk_layers
+from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
 from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import METHODS, relative_error
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
@@ -34,12 +30,9 @@ REPORT = "pruning.json"  # in the checkpoint's folder
 
 
 @dataclass
-class PruneArguments(CalibrationArguments):
+class PruneArguments(CompressionArguments):
     stage: ClassVar[str] = "prune"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The trained checkpoint."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the pruned checkpoint."})
     method: Literal["sparsegpt", "wanda", "magnitude"] | None = field(
         default=None, metadata={"help": "How single weights are chosen (paper: SparseGPT is best). None: they stay."}
     )
@@ -60,9 +53,6 @@ class PruneArguments(CalibrationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("model_name_or_path", "output_dir"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is missing; give --{name}, or name it in the recipe")
         for name in ("sparsity", "pattern"):
             if self.method is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)} and no method is given: set method: sparsegpt")
@@ -174,12 +164,7 @@ def main(args: PruneArguments) -> None:
     report = prune(args, model)
     text = describe(args, model, report)
 
-    def add_files(folder: Path) -> None:
-        write_json(folder / REPORT, report)
-        copy_certificate(args.model_name_or_path, args.model_revision, folder)
-        continue_card(args.model_name_or_path, folder, args.output_dir, "prune", text)
-
-    write_checkpoint(model, args.output_dir, add_files)
+    write_compressed(model, args, "prune", REPORT, report, text)
     print(text)
 
 

@@ -11,7 +11,6 @@ checkpoint in 8 or 4 bits without writing another, see `load_in_8bit` (bitsandby
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -30,15 +29,12 @@ from torchao.quantization import (
 from transformers import TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from nvembed.eval.files import write_json
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.arguments import RecipeParser
-from nvembed.train.card import continue_card
-from nvembed.train.certificate import copy_certificate
-from nvembed.train.checkpoints import check_output_dir, write_checkpoint
+from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.commands import errors_in_one_line
-from nvembed.train.compress.calibration import CalibrationArguments, LayerInputs, calibration_chunks, walk_layers
-from nvembed.train.compress.checkpoint import load_uncompressed
+from nvembed.train.compress.calibration import CompressionArguments, LayerInputs, calibration_chunks, walk_layers
+from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
 from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import relative_error, round_gptq
 from nvembed.train.compress.sparsity import check_pattern, decoder_matrices
@@ -49,12 +45,9 @@ FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2
 
 
 @dataclass
-class QuantizeArguments(CalibrationArguments):
+class QuantizeArguments(CompressionArguments):
     stage: ClassVar[str] = "quantize"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The checkpoint, pruned or not."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the quantized checkpoint."})
     weight_dtype: Literal["int8", "float8_e4m3fn", "float8_e5m2"] = field(
         default="int8", metadata={"help": "What the decoder's matrices are stored in, with a scale for each row."}
     )
@@ -70,9 +63,6 @@ class QuantizeArguments(CalibrationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("model_name_or_path", "output_dir"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is missing; give --{name}, or name it in the recipe")
         if self.rounding == "gptq" and self.weight_dtype != "int8":
             raise ValueError(f"rounding is gptq and weight_dtype is {self.weight_dtype}; GPTQ is for int8: set nearest")
         if self.rounding == "gptq" and not self.datasets:
@@ -188,13 +178,7 @@ def main(args: QuantizeArguments) -> None:
     report = quantize(args, model)
     text = describe(args, report)
 
-    def add_files(folder: Path) -> None:
-        if report:
-            write_json(folder / REPORT, report)
-        copy_certificate(args.model_name_or_path, args.model_revision, folder)
-        continue_card(args.model_name_or_path, folder, args.output_dir, "quantize", text)
-
-    write_checkpoint(model, args.output_dir, add_files)
+    write_compressed(model, args, "quantize", REPORT, report, text)
     print(text)
 
 
