@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mteb
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from sentence_transformers.quantization import quantize_embeddings
 
@@ -31,6 +32,7 @@ from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.measure import measure
 from nvembed.eval.models import normalized, scaled_to_1
 from nvembed.eval.processes import Embed
+from nvembed.eval.spread import mean_cosine
 from nvembed.eval.tasks.lookup import instructions_for, select_tasks
 
 
@@ -117,12 +119,6 @@ def remembered(embed: Embed) -> Embed:
     return recall
 
 
-def mean_cosine(embeddings: np.ndarray) -> float:
-    """Of all pairs of different texts; far above 0 where embeddings crowd into a cone."""
-    rows, total = len(embeddings), embeddings.sum(0)
-    return float((total @ total - (embeddings**2).sum()) / (rows * (rows - 1)))
-
-
 def variants(width: int, args: VectorSizeArguments) -> list[Variant]:
     """
     Raises:
@@ -158,7 +154,7 @@ def run(args: VectorSizeArguments) -> list[dict]:
     file = folder / "vector_size.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mean_cosine": None, "variants": {}}
     if calibration is not None:
-        done["mean_cosine"] = mean_cosine(calibration)
+        done["mean_cosine"] = mean_cosine(torch.from_numpy(calibration))
     for variant in chosen:
         before = done["variants"].get(str(variant), {})
         known = {

@@ -91,6 +91,8 @@ def find_recipe(name: str) -> Path:
 
 KD_LOSSES = ("states", "scores", "embeddings")
 
+IN_BATCH_NEGATIVES = {"true": True, "false": False, "labels": "labels"}
+
 # Options of `TrainingArguments` that cannot apply to the contrastive loss and the blended data, with the values that do
 # nothing; other values are refused.
 UNSUPPORTED = {
@@ -210,8 +212,22 @@ class StageArguments(TrainingArguments):
 
     stage: ClassVar[str]
 
-    in_batch_negatives: bool = field(
-        default=True, metadata={"help": "Candidates from the whole batch (stage 1) or from the row alone (stage 2)."}
+    in_batch_negatives: str = field(
+        default="true",
+        metadata={
+            "help": "Candidates from the whole batch (true, as in stage 1), from the row alone (false, as in stage 2), "
+            "or from the row and what labels prove to be a negative: the positive of a row of the same data set and "
+            "another class (labels).",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    spread_out_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean squared cosine of the batch's unrelated texts, beside the contrastive loss: "
+            "keeps embeddings from crowding into a cone (EmbeddingGemma). 0: off, as in the paper."
+        },
     )
     temperature: float = field(default=0.02, metadata={"help": "Divisor of the cosine similarities in the loss."})
     false_negative_margin: float | None = field(
@@ -261,6 +277,12 @@ class StageArguments(TrainingArguments):
                 f"false_negative_margin is {self.false_negative_margin}; it must be 0 or more, or left out"
             )
         self._check_matryoshka()
+        asked = str(self.in_batch_negatives).lower()  # "false" on a command line, a bool in a recipe
+        if asked not in IN_BATCH_NEGATIVES:
+            raise ValueError(f"in_batch_negatives is {asked!r}; it must be true, false or labels")
+        self.in_batch_negatives = IN_BATCH_NEGATIVES[asked]
+        if not 0 <= self.spread_out_weight < math.inf:
+            raise ValueError(f"spread_out_weight is {self.spread_out_weight}; it must be 0 (off) or more")
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
@@ -392,8 +414,14 @@ class Stage2Arguments(StageArguments):
     """Stage 2: all data blended, hard negatives only (paper section 3.3)."""
 
     stage: ClassVar[str] = "stage2"
-    in_batch_negatives: bool = field(
-        default=False, metadata={"help": "Off: two texts of one class in a batch are not negatives of each other."}
+    in_batch_negatives: str = field(
+        default="false",
+        metadata={
+            "help": "false: two texts of one class in a batch are not negatives of each other. labels: those of "
+            "different classes of one data set are. true: all are.",
+            "nargs": "?",
+            "const": "true",
+        },
     )
     learning_rate: float = field(default=1.5e-5, metadata={"help": "Peak learning rate (Appendix, unverified)."})
 

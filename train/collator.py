@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.files import text_id
 from nvembed.texts_nvembed import format_instruction, length_sorted_batches, pack, tokenize
-from nvembed.train.losses import NO_TEXT
+from nvembed.train.losses import NO_CLASS, NO_TEXT
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class TripletCollator:
     """Makes one training batch of triplets.
 
     The batch is `{"chunks": [...], "query_index": ..., "passage_index": ..., "query_ids": ..., "passage_ids": ...,
-    "datasets": [...], "false_negatives": ..., "texts": [...]}`: `chunks` are packed texts for the model (see
-    `nvembed.texts_nvembed.pack`), queries, positives and negatives alike, the longest in the last. Of their embeddings,
-    concatenated in order, `query_index[i]` is the query of row i and `passage_index[i, j]` its j-th passage, the
-    positive first. Where a row has fewer than `num_negatives` negatives, the empty slots have the id `NO_TEXT` and
-    index 0. `datasets[i]` is row i's data set; `texts` are the `BatchText`s in the order of the embeddings.
+    "classes": ..., "datasets": [...], "false_negatives": ..., "texts": [...]}`: `chunks` are packed texts for the
+    model (see `nvembed.texts_nvembed.pack`), queries, positives and negatives alike, the longest in the last. Of their
+    embeddings, concatenated in order, `query_index[i]` is the query of row i and `passage_index[i, j]` its j-th
+    passage, the positive first. Where a row has fewer than `num_negatives` negatives, the empty slots have the id
+    `NO_TEXT` and index 0. `classes[i]` are the ids of row i's data set and of its class there or `NO_CLASS`;
+    `datasets[i]` is its data set; `texts` are the `BatchText`s in the order of the embeddings.
 
     Args:
         tokenizer: the checkpoint's.
@@ -94,6 +95,7 @@ class TripletCollator:
             "passage_index": rank_of[torch.tensor(passages)],
             "query_ids": torch.tensor(query_ids),
             "passage_ids": torch.tensor(passage_ids),
+            "classes": torch.tensor([class_ids(triplet) for triplet in triplets]),
             "datasets": [triplet["dataset"] for triplet in triplets],
             "false_negatives": torch.tensor(false_negatives),
             "texts": [distinct[i] for chunk in chunks for i in chunk],
@@ -113,3 +115,9 @@ class TripletCollator:
             return negatives
         limit = positive + self.false_negative_margin
         return [text for text, score in zip(negatives, scores, strict=True) if score < limit]
+
+
+def class_ids(triplet: dict) -> tuple[int, int]:
+    """The ids of a triplet's data set and of its class there."""
+    dataset, name = triplet["dataset"], triplet.get("class")
+    return text_id(dataset), NO_CLASS if name is None else text_id(f"{dataset}\0{name}")

@@ -1,4 +1,4 @@
-"""Figures for the training log beside the loss: loss by data set, similarities and speed."""
+"""Figures for the training log beside the loss: loss by data set, similarities, spread and speed."""
 
 import time
 from collections import defaultdict
@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from nvembed.train.losses import Contrast
+from nvembed.eval.spread import effective_rank
+from nvembed.train.losses import Contrast, Spread
 
 
 # Dense bf16 FLOP/s of one device by the start of its name, from NVIDIA's data sheets.
@@ -22,6 +23,9 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA GeForce RTX 3090": 71e12,
 }
+
+
+RANKED_TEXTS = 512  # the singular values of more would take as long as a small model's step
 
 
 class LogWindow:
@@ -42,16 +46,32 @@ class LogWindow:
     def _clear(self) -> None:
         self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.last: torch.Tensor | None = None
 
-    def add(self, batch: Mapping, rows: Contrast, parts: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Adds a batch, and the parts of its loss by name; its figures stay on the device until the log."""
+    def add(
+        self,
+        batch: Mapping,
+        rows: Contrast,
+        spread: Spread,
+        embeddings: torch.Tensor,
+        parts: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Adds a batch; its figures stay on the device until the log.
+
+        Args:
+            embeddings: of its texts, `[texts, hidden]`; those of the last batch are kept.
+            parts: a distillation's, by name.
+        """
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
         left_out = rows.false_negatives + batch["false_negatives"].to(rows.false_negatives.device)
         figures = (rows.losses, rows.positive, rows.hardest_negative, left_out)
         self.rows.append(torch.stack([figure.detach().float() for figure in figures]))
         self.datasets += batch["datasets"]
-        for name, part in (parts or {}).items():
-            self.parts[name].append(part.detach().float())
+        self.last = embeddings.detach()
+        figures = {f"kd/{name}": part for name, part in (parts or {}).items()}
+        figures |= {"spread_out": spread.penalty, "mean_cosine": spread.mean_cosine}
+        for name, figure in figures.items():
+            self.parts[name].append(figure.detach().float())
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time spent on something other than training."""
@@ -64,7 +84,9 @@ class LogWindow:
         sets the arithmetic of one forward and one backward pass over them against the device's peak (on GPUs
         that `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>`
         are of this window; similarities are cosines, means over the rows. `false_negatives`, if they are left
-        out, is how many. Parts of the loss, unweighted, are `kd/<part>`.
+        out, is how many. Parts of the loss, unweighted, are `kd/<part>` and `spread_out`; `mean_cosine` is that of
+        unrelated queries (`losses.spread_out`), `effective_rank` that of the last batch's texts, up to RANKED_TEXTS on
+        each process.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
@@ -77,6 +99,8 @@ class LogWindow:
                 if figure != float("-inf"):  # a row without negatives
                     place[0], place[1] = place[0] + 1, place[1] + figure
         losses = {name: torch.stack(values).mean().item() for name, values in self.parts.items()}
+        if self.last is not None:
+            losses["effective_rank"] = effective_rank(self.last[:RANKED_TEXTS])
         everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
         self._clear()
 
@@ -96,7 +120,7 @@ class LogWindow:
         if self.count_false_negatives:
             logs["false_negatives"] = int(sum(part[4] for part in everywhere))
         for name in losses:
-            logs[f"kd/{name}"] = round(sum(part[5][name] for part in everywhere) / len(everywhere), 4)
+            logs[name] = round(sum(part[5][name] for part in everywhere) / len(everywhere), 4)
         for dataset in sorted({name for part in everywhere for name in part[1]}):
             parts = [part[1][dataset] for part in everywhere if dataset in part[1]]
             samples = sum(count for count, _ in parts)

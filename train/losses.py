@@ -1,4 +1,4 @@
-"""The contrastive loss of both stages (paper section 3.3; Appendix, unverified, for its settings)."""
+"""The loss of both stages: contrastive (paper section 3.3; Appendix, unverified, for its settings), and spread-out."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from nvembed.eval.sharding import gather, is_distributed
 
 
 NO_TEXT = -1  # id of an empty slot; those of `nvembed.eval.files.text_id` are non-negative
+NO_CLASS = -1  # of a row whose class is not known
 
 
 class Contrast(NamedTuple):
@@ -61,6 +62,7 @@ def contrast(
     in_batch_negatives: bool = True,
     false_negative_margin: float | None = None,
     teacher: TeacherScores | None = None,
+    classes: Tensor | None = None,
 ) -> Contrast:
     """InfoNCE: cross-entropy of the positive among the candidates, on cosine similarity / temperature.
 
@@ -85,6 +87,9 @@ def contrast(
             2506.05176) uses 0.1. None: off.
         teacher: compare the softmax over each row's candidates with this teacher's: the Kullback-Leibler divergence
             of the student's from the teacher's is the row's `divergence`.
+        classes: ids of each row's data set and of its class there, or `NO_CLASS`, `[batch, 2]`. With
+            `in_batch_negatives`, takes from other rows only what their labels prove to be a negative: the positive of
+            a row of the same data set and another class. Its hard negatives may be of the row's class. None: from all.
 
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not match.
@@ -110,6 +115,11 @@ def contrast(
     excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
     # These tensors, rows x candidates, are the largest of a step, so most of this is done in place.
     target = target[:, None]
+    if in_batch_negatives and classes is not None:
+        own = target + torch.arange(per_row, device=queries.device)
+        proven = torch.zeros_like(excluded).view(rows, -1, per_row)
+        proven[:, :, 0] = is_other_class(classes, gather(classes))
+        excluded |= ~proven.flatten(1).scatter_(1, own, True)
     positive = similarity.detach().gather(1, target)
     false_negatives = torch.zeros(rows, dtype=torch.long, device=queries.device)
     if false_negative_margin is not None and in_batch_negatives:
@@ -171,3 +181,70 @@ def is_negative(query_ids: Tensor, candidate_ids: Tensor, all_query_ids: Tensor,
     result |= candidate_ids == NO_TEXT
     result |= candidate_ids == query_ids[:, None]
     return result.logical_not_()
+
+
+def is_other_class(classes: Tensor, others: Tensor) -> Tensor:
+    """Whether two rows are of one data set and of classes that are known and differ.
+
+    Args:
+        classes: `[batch, 2]`, see `contrast`.
+        others: `[others, 2]`.
+
+    Returns:
+        `[batch, others]`.
+    """
+    (sets, names), (other_sets, other_names) = classes.T, others.T
+    is_known = (names != NO_CLASS)[:, None] & (other_names != NO_CLASS)
+    return is_known & (sets[:, None] == other_sets) & (names[:, None] != other_names)
+
+
+class Spread(NamedTuple):
+    """How unrelated texts of a batch lie to each other."""
+
+    penalty: Tensor  # mean squared cosine of different queries + that of their positives, a scalar
+    mean_cosine: Tensor  # of different queries, a scalar, without gradients
+
+
+def spread_out(
+    queries: Tensor, positives: Tensor, query_ids: Tensor, positive_ids: Tensor, classes: Tensor | None = None
+) -> Spread:
+    """What keeps embeddings from crowding into a cone: the mean squared cosine of texts that are not related.
+
+    Not in the paper; Zhang et al., arXiv 1708.06320, as EmbeddingGemma (arXiv 2509.20354) has it: among the batch's
+    queries, and among their positives. Pairs of all processes' rows count, but those of one row, with a text in common
+    or of one class. As with `contrast`, the mean over processes has the gradient of the whole batch's.
+
+    Args:
+        queries, positives: `[batch, hidden]`, L2-normalized.
+        query_ids, positive_ids: `[batch]`.
+        classes: as for `contrast`; None: no row's is known.
+    """
+    ids, all_ids = torch.stack([query_ids, positive_ids]), [gather(query_ids), gather(positive_ids)]
+    is_related = torch.zeros(len(queries), len(all_ids[0]), dtype=torch.bool, device=queries.device)
+    for own in ids:  # a row is itself related to itself
+        for other in all_ids:
+            is_related |= own[:, None] == other
+    if classes is not None:
+        names, all_names = classes[:, 1], gather(classes)[:, 1]
+        is_related |= (names[:, None] == all_names) & (names != NO_CLASS)[:, None]
+    pairs, processes = (~is_related).sum().to(queries.dtype), 1
+    if is_distributed():
+        dist.all_reduce(pairs)
+        processes = dist.get_world_size()
+    scale = processes / pairs.clamp(min=1)  # so that the mean over processes is the mean over pairs
+    penalty, mean = 0.0, 0.0
+    for embeddings in (queries, positives):
+        cosines = (embeddings @ gather(embeddings).T).masked_fill(is_related, 0.0)
+        penalty = penalty + cosines.square().sum() * scale
+        mean = cosines.detach().sum() * scale if embeddings is queries else mean
+    return Spread(penalty, mean)
+
+
+def matryoshka_spread_out(queries: Tensor, positives: Tensor, prefixes: Mapping[int, float], *args) -> Spread:
+    """`spread_out` of the embeddings' first dimensions beside that of whole ones, weighted as `matryoshka_contrast`."""
+    whole = spread_out(queries, positives, *args)
+    penalty = whole.penalty
+    for width, weight in prefixes.items():
+        prefix = (F.normalize(embeddings[..., :width], dim=-1) for embeddings in (queries, positives))
+        penalty = penalty + weight * spread_out(*prefix, *args).penalty
+    return whole._replace(penalty=penalty / (1 + sum(prefixes.values())))

@@ -35,8 +35,8 @@ SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
 APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
-    "processes", "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "alpha", "contrastive_weight",
-    "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance",
+    "processes", "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "spread_out_weight", "alpha",
+    "contrastive_weight", "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance",
 )  # fmt: skip
 # Settings that may not change, and why.
 REFUSED = {

@@ -27,7 +27,14 @@ from nvembed.train.certificate import certify, with_teacher, write_certificate
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
-from nvembed.train.data.prepared import check_have_negatives, read_provenance, read_tables, write_tables
+from nvembed.train.data.prepared import (
+    check_have_classes,
+    check_have_negatives,
+    have_classes,
+    read_provenance,
+    read_tables,
+    write_tables,
+)
 from nvembed.train.data.source import check_exists, check_sources
 from nvembed.train.distillation import prepare_distillation
 from nvembed.train.hub import check_push, push
@@ -189,8 +196,14 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
             options = (data_args.num_negatives, seed, data_args.instruction)
             write_tables(folder, sources, *options, training_args.checkpoints)
         tables = read_tables(folder, sources)
-    if training_args.needs_negatives and (not training_args.in_batch_negatives or training_args.batch_rows < 2):
-        check_have_negatives(tables, sources)
+    alone = list(zip(tables, sources, strict=True))  # sets whose rows get no negatives from their batch
+    if training_args.batch_rows > 1 and training_args.in_batch_negatives == "labels":
+        check_have_classes(tables)
+        alone = [(table, source) for table, source in alone if not have_classes(table)]
+    elif training_args.batch_rows > 1 and training_args.in_batch_negatives:
+        alone = []
+    if training_args.needs_negatives:
+        check_have_negatives(alone)
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
     return Blend(tables, training_args.run_rows(triplets), data_args.weights, seed)

@@ -5,10 +5,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
 
+import torch
 from mteb.abstasks import AbsTask
 from peft import PeftModel
 from torch import nn
@@ -31,7 +33,7 @@ from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.guard import BAD_BATCH, LossGuard
 from nvembed.train.keep_zeros import KeepZeros
 from nvembed.train.log import LogWindow
-from nvembed.train.losses import matryoshka_contrast
+from nvembed.train.losses import matryoshka_contrast, matryoshka_spread_out
 from nvembed.train.memory import ReturnFreedMemory
 from nvembed.train.resume import FreshSettings, RunRecord
 
@@ -188,23 +190,32 @@ class EmbeddingTrainer(Trainer):
         distillation, parts = self._distillation, {}
         observe = None if distillation is None else distillation.observer(inputs)
         embeddings, observed = embed_and_observe(model, inputs["chunks"], observe)
+        queries, passages = embeddings[inputs["query_index"]], embeddings[inputs["passage_index"]]
+        query_ids, passage_ids, classes = inputs["query_ids"], inputs["passage_ids"], inputs["classes"]
         rows = matryoshka_contrast(
-            embeddings[inputs["query_index"]],
-            embeddings[inputs["passage_index"]],
+            queries,
+            passages,
             self.args.matryoshka,
-            inputs["query_ids"],
-            inputs["passage_ids"],
+            query_ids,
+            passage_ids,
             self.args.temperature,
-            self.args.in_batch_negatives,
+            bool(self.args.in_batch_negatives),
             self.args.false_negative_margin,
             None if distillation is None else distillation.scores(inputs),
+            classes if self.args.in_batch_negatives == "labels" else None,
         )
         loss = rows.losses.mean()
         if distillation is not None:
             parts = distillation.losses(inputs, embeddings, observed, rows)
             loss = self.args.contrastive_weight * loss + self.args.alpha * sum(parts.values())
+        is_on = self.args.spread_out_weight > 0  # off, it is in the log alone
+        with nullcontext() if is_on else torch.no_grad():
+            prefixes = self.args.matryoshka if is_on else {}
+            spread = matryoshka_spread_out(queries, passages[:, 0], prefixes, query_ids, passage_ids[:, 0], classes)
+        if is_on:
+            loss = loss + self.args.spread_out_weight * spread.penalty
         self._guard.check(loss.item(), inputs, rows, self._bad_batch, self.data_collator.tokenizer.decode)
-        self._window.add(inputs, rows, parts)
+        self._window.add(inputs, rows, spread, embeddings, parts)
         return (loss, {"embeddings": embeddings}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:

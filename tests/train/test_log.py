@@ -7,8 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nvembed.train.collator import TripletCollator
 from nvembed.train.log import LogWindow, flops_per_token, peak_flops
-from nvembed.train.losses import Contrast, contrast
+from nvembed.train.losses import Contrast, Spread, contrast
 from tests.train.test_gradient_cache import adapted, triplets_of
+
+
+SPREAD = Spread(torch.tensor(0.5), torch.tensor(0.25))
+EMBEDDINGS = torch.eye(4)
 
 
 def rows_of(losses, positive=None, hardest=None):
@@ -23,8 +27,8 @@ def test_window_adds_up_what_each_set_gave():
         "datasets": ["a", "b"],
         "false_negatives": torch.tensor([1, 0]),
     }
-    window.add(batch, rows_of([1.0, 5.0], [0.5, 0.7], [0.1, -math.inf]))
-    window.add(batch | {"datasets": ["a", "a"]}, rows_of([2.0, 3.0], [0.9, 0.9], [0.2, 0.3]))
+    window.add(batch, rows_of([1.0, 5.0], [0.5, 0.7], [0.1, -math.inf]), SPREAD, EMBEDDINGS)
+    window.add(batch | {"datasets": ["a", "a"]}, rows_of([2.0, 3.0], [0.9, 0.9], [0.2, 0.3]), SPREAD, EMBEDDINGS)
     window.start -= 10
     window.leave_out(8)
     logs = window.close()
@@ -36,21 +40,24 @@ def test_window_adds_up_what_each_set_gave():
         "samples/a": 3,
         "loss/b": 5.0,
         "samples/b": 1,
+        "spread_out": 0.5,
+        "mean_cosine": 0.25,
+        "effective_rank": 4.0,
     }
     assert window.close() == {"tokens_per_second": 0.0}, "the next window is empty"
     counting = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"), count_false_negatives=True)
-    counting.add(batch, rows_of([1.0, 5.0]))
+    counting.add(batch, rows_of([1.0, 5.0]), SPREAD, EMBEDDINGS)
     assert counting.close()["false_negatives"] == 3, "two of the batch, one of the teacher"
 
 
 def test_a_window_without_any_negative_stops_the_run():
     window = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"))
     batch = {"chunks": [{"lengths": [3, 4]}], "datasets": ["a", "a"], "false_negatives": torch.zeros(2)}
-    window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
-    window.add(batch, rows_of([0.0, 0.1], [0.5, 0.7], [-math.inf, 0.2]))
+    window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2), SPREAD, EMBEDDINGS)
+    window.add(batch, rows_of([0.0, 0.1], [0.5, 0.7], [-math.inf, 0.2]), SPREAD, EMBEDDINGS)
     window.close()  # one batch without any is sound
     for _ in range(2):
-        window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2))
+        window.add(batch, rows_of([0.0, 0.0], [0.5, 0.7], [-math.inf] * 2), SPREAD, EMBEDDINGS)
     with pytest.raises(ValueError, match="none of the last 4 rows had a negative, so nothing was learned"):
         window.close()
 

@@ -1,5 +1,6 @@
 """InfoNCE against loops in float64, alone and across two gloo processes."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -8,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
 
+from nvembed.eval.spread import mean_cosine
 from nvembed.train.collator import text_id
-from nvembed.train.losses import NO_TEXT, contrast, is_negative, matryoshka_contrast
+from nvembed.train.losses import (
+    NO_CLASS,
+    NO_TEXT,
+    contrast,
+    is_negative,
+    matryoshka_contrast,
+    matryoshka_spread_out,
+    spread_out,
+)
 
 
 TEMPERATURE = 0.05
@@ -117,17 +128,88 @@ def test_false_negatives_are_counted_and_change_the_loss():
     assert not contrast(queries, passages, *ids, TEMPERATURE, False, -1.0).false_negatives.any(), "no batch, no guess"
 
 
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_labels_prove_negatives(margin):
+    """Of other rows, only the positives of the same set and another class are candidates: a loop, in float64."""
+    queries, passages, query_texts, passage_texts = make_batch(duplicates=True)
+    classes = torch.tensor([[0, 1], [0, 2], [0, 1], [7, 2], [0, NO_CLASS], [0, 3]])
+    ids = identities(query_texts, passage_texts)
+    losses = contrast(queries, passages, *ids, TEMPERATURE, True, margin, classes=classes).losses
+    assert not torch.allclose(losses, contrast(queries, passages, *ids, TEMPERATURE, True, margin).losses)
+    for i in range(6):
+        own = {query_texts[i], *(p[0] for q, p in zip(query_texts, passage_texts) if q == query_texts[i]), None}
+        scores = [queries[i] @ passages[i, 0]]
+        scores += [queries[i] @ passages[i, j] for j in (1, 2) if passage_texts[i][j] not in own]
+        for k in range(6):
+            (dataset, name), (other_dataset, other_name) = classes[i].tolist(), classes[k].tolist()
+            proven = dataset == other_dataset and name != other_name and NO_CLASS not in (name, other_name)
+            score = queries[i] @ passages[k, 0]
+            likely = margin is not None and score >= scores[0] + margin
+            if proven and passage_texts[k][0] not in own and not likely:
+                scores.append(score)
+        expected = -torch.stack(scores).div(TEMPERATURE).log_softmax(0)[0]
+        torch.testing.assert_close(losses[i], expected)
+
+
+def test_spread_out_equals_sentence_transformers():
+    """Its loss has 1 / hidden less for queries and for positives, a constant."""
+    queries, passages, *texts = make_batch(duplicates=False)
+    raw = [(x + 0.3).requires_grad_() for x in (queries, passages)]  # a cone; the oracle normalizes, ours takes it so
+    queries, passages = (F.normalize(x, dim=-1) for x in raw)
+    query_ids, passage_ids = identities(*texts)
+    ours = spread_out(queries, passages[:, 0], query_ids, passage_ids[:, 0])
+    oracle = GlobalOrthogonalRegularizationLoss(None, mean_weight=0, aggregation="sum")
+    theirs = oracle.compute_loss_from_embeddings([queries, passages[:, 0]])["gor_second_moment"]
+    torch.testing.assert_close(ours.penalty, theirs + 2 / 10)
+    for mine, reference in zip(*(torch.autograd.grad(x, raw, retain_graph=True) for x in (ours.penalty, theirs))):
+        torch.testing.assert_close(mine, reference)
+    torch.testing.assert_close(ours.mean_cosine.item(), mean_cosine(queries.detach()))
+
+
+def test_related_texts_are_not_spread_out():
+    queries, passages, query_texts, passage_texts = make_batch(duplicates=True)
+    query_ids, passage_ids = identities(query_texts, passage_texts)
+    classes = torch.tensor([[0, 1], [0, 2], [0, NO_CLASS], [7, 5], [0, NO_CLASS], [0, 1]])
+    query_texts[3] = passage_texts[4][0]  # a query that is another row's positive
+    query_ids[3] = text_id(query_texts[3])
+    pairs = []
+    for i, k in itertools.permutations(range(6), 2):
+        one, other = ({query_texts[row], passage_texts[row][0]} for row in (i, k))
+        if not one & other and (classes[i, 1] != classes[k, 1] or classes[i, 1] == NO_CLASS):
+            pairs.append((i, k))
+    assert len(pairs) == 30 - 2 * 4
+    expected = sum((queries[i] @ queries[k]) ** 2 + (passages[i, 0] @ passages[k, 0]) ** 2 for i, k in pairs)
+    result = spread_out(queries, passages[:, 0], query_ids, passage_ids[:, 0], classes)
+    torch.testing.assert_close(result.penalty, expected / len(pairs))
+    torch.testing.assert_close(result.mean_cosine, sum(queries[i] @ queries[k] for i, k in pairs) / len(pairs))
+    alone = spread_out(queries[:1], passages[:1, 0], query_ids[:1], passage_ids[:1, 0])
+    assert alone.penalty == alone.mean_cosine == 0
+
+
+def test_prefixes_are_spread_out_too():
+    queries, passages, *texts = make_batch(duplicates=False)
+    query_ids, passage_ids = identities(*texts)
+    ids = query_ids, passage_ids[:, 0]
+    whole = spread_out(queries, passages[:, 0], *ids)
+    first = spread_out(*(F.normalize(x[..., :4], dim=-1) for x in (queries, passages[:, 0])), *ids)
+    result = matryoshka_spread_out(queries, passages[:, 0], {4: 0.5}, *ids)
+    torch.testing.assert_close(result.penalty, (whole.penalty + 0.5 * first.penalty) / 1.5)
+    assert result.mean_cosine == whole.mean_cosine
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("in_batch_negatives", [True, False])
-def test_two_processes_equal_one(tmp_path, in_batch_negatives):
+@pytest.mark.parametrize(("in_batch_negatives", "has_classes"), [(True, False), (False, False), (True, True)])
+def test_two_processes_equal_one(tmp_path, in_batch_negatives, has_classes):
     """DDP over two gloo processes: mean loss, and gradients of a shared encoder, of the same global batch."""
     queries, passages, *texts = make_batch(duplicates=True)
     query_ids, passage_ids = identities(*texts)
+    classes = torch.tensor([[0, 1], [0, 2], [0, 1], [7, 2], [0, NO_CLASS], [0, 3]])
     encoder = torch.nn.Linear(10, 7, dtype=torch.float64)
     job = {
-        "batch": (queries, passages, query_ids, passage_ids),
+        "batch": (queries, passages, query_ids, passage_ids, classes),
         "weights": encoder.state_dict(),
-        "options": (TEMPERATURE, in_batch_negatives),
+        "options": {"temperature": TEMPERATURE, "in_batch_negatives": in_batch_negatives},
+        "has_classes": has_classes,
     }
     torch.save(job, tmp_path / "job.pt")
     worker = Path(__file__).with_name("gloo_worker.py")
@@ -138,14 +220,10 @@ def test_two_processes_equal_one(tmp_path, in_batch_negatives):
     )
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
-    normalize = torch.nn.functional.normalize
-    loss = mean_loss(
-        normalize(encoder(queries), dim=-1),
-        normalize(encoder(passages), dim=-1),
-        query_ids,
-        passage_ids,
-        *job["options"],
-    )
+    queries, passages = (F.normalize(encoder(x), dim=-1) for x in (queries, passages))
+    options = job["options"] | {"classes": classes if has_classes else None}
+    loss = mean_loss(queries, passages, query_ids, passage_ids, **options)
+    loss = loss + spread_out(queries, passages[:, 0], query_ids, passage_ids[:, 0], classes).penalty
     loss.backward()
     assert abs(sum(result["loss"] for result in results) / 2 - loss.item()) < 1e-6
     for result in results:

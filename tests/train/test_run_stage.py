@@ -61,6 +61,20 @@ def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
     assert len(blend) == 8, "in-batch negatives"
 
 
+def test_labels_as_negatives_need_classes(tmp_path, labelled):
+    """A set with classes needs no negatives of its own; one without any does, and a run has some classes."""
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    arguments = Stage2Arguments(**options, in_batch_negatives="labels")
+    classes = DatasetSource(str(labelled), instruction="")
+    blend = load_blend(DataArguments([classes], num_negatives=0), arguments)
+    assert {row["class"] for row in blend} == {"card_lost", "card_new", "rate"}
+    same = write_jsonl(tmp_path / "same.jsonl", [{"query": "q", "positive": "p"}] * 8)
+    with pytest.raises(ValueError, match="in_batch_negatives is labels and none of the triplets has a class"):
+        load_blend(DataArguments([DatasetSource(same, instruction="")], num_negatives=2), arguments)
+    with pytest.raises(ValueError, match="same.jsonl: none of its 8 triplets has a negative"):
+        load_blend(DataArguments([classes, DatasetSource(same, instruction="")], num_negatives=2), arguments)
+
+
 def test_processes_that_wait_too_long_say_what_for(tmp_path, caplog):
     """By a stand-in for the timeout of the process group, which transformers sets on GPUs alone."""
 

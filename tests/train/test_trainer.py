@@ -73,6 +73,22 @@ def make_trainer(
     )
 
 
+def test_spread_out_and_labels_change_the_loss(tmp_path, checkpoint, labelled):
+    losses = {}
+    for name, options in {
+        "plain": {},
+        "spread": {"spread_out_weight": 5.0},
+        "labels": {"in_batch_negatives": "labels"},
+    }.items():
+        trainer = make_trainer(checkpoint, labelled, tmp_path / name, Stage2Arguments, max_steps=1, seed=1, **options)
+        trainer.train()
+        losses[name] = trainer.state.log_history[0]
+        assert 1 <= losses[name]["effective_rank"] <= 8 * 2 and -1 <= losses[name]["mean_cosine"] <= 1
+    plain, spread, labels = losses.values()
+    assert spread["loss"] == pytest.approx(plain["loss"] + 5 * plain["spread_out"], abs=2e-3)
+    assert labels["loss"] > plain["loss"], "more candidates"
+
+
 @pytest.mark.parametrize("arguments", [Stage1Arguments, Stage2Arguments])
 @pytest.mark.parametrize("pooling_type", ["latent_attention", "self_attention", "mean", "eos"])
 def test_two_steps_move_what_is_trained_and_nothing_else(tmp_path, init_args, pairs_file, arguments, pooling_type):

@@ -19,7 +19,8 @@ DRAWS = 20  # rounds of draws for a text's negatives: those that share a label o
 def load_example_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
     """Pairs of two texts of a class; a class of one text gives none, since it has no positive.
 
-    A text with several labels is of the class of its first; its negatives share none of its labels.
+    A text with several labels is of the class of its first; its negatives share none of its labels. A pair has a
+    `class` where neither of its texts has another label, so that a pair of another class is surely a negative.
 
     Raises:
         ValueError: all texts are of one class.
@@ -59,7 +60,8 @@ def _example_pairs(rows, positions, samples: int | None, num_negatives: int, see
             negatives |= dict.fromkeys(allowed)
             if len(negatives) == num_negatives or len(texts) == len(others[label]):
                 break
-        yield {"query": text, "positive": positive, "negatives": list(negatives)}
+        is_sure = labels_of[text] == labels_of[positive] == {label}
+        yield {"query": text, "positive": positive, "negatives": list(negatives), "class": label if is_sure else None}
 
 
 def _other_text(candidates, text: str) -> str | None:
@@ -108,7 +110,10 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
         own = {_words(label) for label in labels}
         others = [name for name in names if name not in own]
         negatives = rng.sample(others, min(num_negatives, len(others)))
-        pairs.append({"query": text, "positive": _words(labels[0]), "negatives": negatives})
+        name = _words(labels[0])
+        pairs.append(
+            {"query": text, "positive": name, "negatives": negatives, "class": name if own == {name} else None}
+        )
     counts = Counter({"rows": len(rows), "not sampled": len(rows) - len(chosen)})
     return Pairs(pairs, counts=+counts)
 

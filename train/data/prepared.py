@@ -41,6 +41,7 @@ TRIPLET_FEATURES = Features(
         "symmetric": Value("bool"),
         "positive_score": Value("float64"),  # a teacher's, where the data came with one
         "negative_scores": ListOf(Value("float64")),
+        "class": Value("string"),  # of query and positive, where the data are labelled
     }
 )
 
@@ -48,7 +49,7 @@ TRIPLET_FEATURES = Features(
 def iterate_triplets(
     source: DatasetSource, num_negatives: int, seed: int = 0, instruction: str | None = None
 ) -> Iterator[dict]:
-    """Yields the triplets of one source with all columns of `TRIPLET_FEATURES`, scores only where there are any.
+    """Yields the triplets of one source with the columns of `TRIPLET_FEATURES`, scores and class where there are any.
 
     Logs at the end how many negatives are missing.
 
@@ -187,15 +188,30 @@ def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]
     return tables
 
 
-def check_have_negatives(tables: Sequence[Dataset], sources: Sequence[DatasetSource]) -> None:
+def check_have_negatives(tables: Iterable[tuple[Dataset, DatasetSource]]) -> None:
     """Raises a `ValueError` for a data set without a single negative: its loss would always be 0."""
-    for table, source in zip(tables, sources, strict=True):
+    for table, source in tables:
         if not pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
             raise ValueError(
                 f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
                 "(in_batch_negatives off, or one row a batch), so nothing would be learned from it: give it negatives, "
                 "leave them out of the file to have them mined, or drop the set"
             )
+
+
+def have_classes(table: Dataset) -> bool:
+    """Whether any triplet has a class; tables of earlier versions have no such column."""
+    return "class" in table.column_names and table.data.column("class").null_count < len(table)
+
+
+def check_have_classes(tables: Sequence[Dataset]) -> None:
+    """Raises a `ValueError` if no triplet of any table has a class."""
+    if not any(map(have_classes, tables)):
+        raise ValueError(
+            "in_batch_negatives is labels and none of the triplets has a class (data of kind classification, "
+            "clustering or label_classification, or triplets with a column `class`), so nothing would be taken from "
+            "the batch: set it to false"
+        )
 
 
 # --- What tables were made of

@@ -2,7 +2,7 @@
 
 | layout | query | positives | negatives | beside them |
 |---|---|---|---|---|
-| ours | `query` | `positive` | `negatives`, a list | `positive_score`, `negative_scores` |
+| ours | `query` | `positive` | `negatives`, a list | `positive_score`, `negative_scores`, `class` |
 | sentence-transformers | `anchor` or `query` | `positive` | `negative`, or `negative_1`, `negative_2`, ... | |
 | FlagEmbedding | `query` | `pos`, a list | `neg`, a list | `pos_scores`, `neg_scores`, `prompt` (the instruction) |
 | tevatron | `query` | `positive_passages` | `negative_passages`, lists of `title` and `text` | |
@@ -28,7 +28,7 @@ NEGATIVES = ("negatives", "negative", "neg", "negative_passages")
 NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 LISTS = ("pos", "neg", "negatives", "positive_passages", "negative_passages")
 SCORES = {"positive_score", "negative_scores", "pos_scores", "neg_scores"}
-KNOWN = {*QUERY, *POSITIVE, *NEGATIVES, *SCORES, "instruction", "prompt", "symmetric", "dataset"}
+KNOWN = {*QUERY, *POSITIVE, *NEGATIVES, *SCORES, "instruction", "prompt", "symmetric", "dataset", "class"}
 
 
 def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
@@ -93,7 +93,8 @@ def triplets_of(name: str, row: Mapping) -> list[dict]:
     if row.get("positive_score") is not None:
         positive_scores = [row["positive_score"]]
     described = {}
-    for column, meaning in (("prompt", "instruction"), ("instruction", "instruction"), ("dataset", "dataset")):
+    meanings = {"prompt": "instruction", "instruction": "instruction", "dataset": "dataset", "class": "class"}
+    for column, meaning in meanings.items():
         if row.get(column) is not None:
             described[meaning] = tables.text_of(row, column, name)
     if row.get("symmetric") is not None:

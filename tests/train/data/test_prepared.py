@@ -63,6 +63,17 @@ def test_label_based_classification(labelled):
     assert not triplets[0]["symmetric"]
 
 
+def test_a_pair_has_a_class_where_no_other_label_casts_doubt_on_it(tmp_path):
+    labels = {"a0": "a", "a1": "a", "a2": "a", "b0": "b", "b1": "b", "ab": "a|b", "c0": "c", "c1": "c"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text, "label": label} for text, label in labels.items()])
+    source = DatasetSource(path, "classification", instruction="", label_separator="|")
+    for row in prepare([source], num_negatives=2):
+        doubtful = "ab" in (row["query"], row["positive"])
+        assert row["class"] == (None if doubtful else labels[row["query"]])
+    for row in prepare([DatasetSource(path, "label_classification", instruction="", label_separator="|")], 2):
+        assert row["class"] == (None if row["query"] == "ab" else labels[row["query"]])
+
+
 def test_ready_triplets_keep_their_negatives_and_instruction(tmp_path):
     row = {"query": "q", "positive": "p", "negatives": ["n1", "n2"], "instruction": "Own", "symmetric": True}
     path = write_jsonl(tmp_path / "mine.jsonl", [row, {"query": "r", "positive": "s", "negatives": ["n"]}])
