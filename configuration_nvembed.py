@@ -24,6 +24,8 @@ class LatentAttentionConfig(PretrainedConfig):
         cross_dim_head: width of one attention head; the released checkpoints use the full hidden size per head.
         projection_dim: width of the embeddings if another than the decoder's, by a linear map behind the pooling's
             other layers: the space of another model, which `train/distill.py` trains a student into. None: no map.
+        subtract_mean: subtract a constant of the checkpoint from each text's embedding before it is normalized: the
+            mean embedding of `train/center.py`.
     """
 
     model_type = "latent_attention"
@@ -37,6 +39,7 @@ class LatentAttentionConfig(PretrainedConfig):
         latent_dim: int = 4096,
         cross_dim_head: int = 4096,
         projection_dim: int | None = None,
+        subtract_mean: bool = False,
         **kwargs,
     ):
         self.num_latents_value = num_latents_value
@@ -46,6 +49,7 @@ class LatentAttentionConfig(PretrainedConfig):
         self.latent_dim = latent_dim
         self.cross_dim_head = cross_dim_head
         self.projection_dim = projection_dim
+        self.subtract_mean = subtract_mean
         super().__init__(**kwargs)
 
 

@@ -296,14 +296,18 @@ class MeanPooling(nn.Module):
         self.projection = nn.Identity()
         if config.projection_dim is not None:
             self.projection = nn.Linear(config.hidden_dim, config.projection_dim, bias=False)
+        width = config.projection_dim or config.hidden_dim
+        # A buffer, since it is a constant in training, too.
+        self.register_buffer("mean_embedding", torch.zeros(width) if config.subtract_mean else None)
 
     def forward(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         """Maps states, `[batch, tokens, hidden]` or `[tokens, hidden]` depending on `layout`, to the embedding's width.
 
-        The projection comes before the mean, which it commutes with, so that what pools elsewhere (vLLM) needs no step
-        more.
+        The projection and the constant come before the pooling, which they commute with, so that what pools elsewhere
+        (vLLM) needs no step more.
         """
-        return self.projection(self.mix(states, layout))
+        states = self.projection(self.mix(states, layout))
+        return states if self.mean_embedding is None else states - self.mean_embedding
 
     def mix(self, states: Tensor, layout: PaddedLayout | PackedLayout) -> Tensor:
         """Token states to token states of the same shape."""
@@ -457,6 +461,7 @@ class FoldedLatentAttention(MeanPooling):
         folded.to_out.weight.copy_(torch.cat(to_out, dim=1))
         folded.feed.load_state_dict(feed.state_dict())
         folded.projection.load_state_dict(block.projection.state_dict())
+        folded.mean_embedding = block.mean_embedding
         return folded
 
 

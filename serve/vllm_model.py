@@ -4,7 +4,7 @@ The decoder is vLLM's own Llama (or Qwen3) under the name `embedding_model`, so 
 with `is_causal: false`. The pooling is ours, on the token states behind the final norm.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 
 import torch
@@ -101,9 +101,20 @@ class NVEmbedForPooling(nn.Module):
         Raises:
             ValueError: the checkpoint lacks a tensor of the pooling; vLLM checks those of the decoder.
         """
-        loaded = AutoWeightsLoader(self).load_weights(weights)
         block, prefix = self.latent_attention_model, "latent_attention_model."
-        if missing := {f"{prefix}{name}" for name, _ in block.named_parameters()} - loaded:
+        constants = {f"{prefix}{name}": buffer for name, buffer in block.named_buffers()}
+        loaded = set()
+
+        def parameters() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name in constants:  # vLLM's loader knows parameters alone
+                    constants[name].copy_(tensor)
+                    loaded.add(name)
+                else:
+                    yield name, tensor
+
+        loaded |= AutoWeightsLoader(self).load_weights(parameters())
+        if missing := {*constants, *(f"{prefix}{name}" for name, _ in block.named_parameters())} - loaded:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its pooling; the first is {min(missing)}")
         if isinstance(block, LatentAttention):
             self.latent_attention_model = FoldedLatentAttention.fold(block, self.latent_attention_config)

@@ -104,5 +104,14 @@ def copy_certificate(base: str, revision: str | None, folder: Path) -> None:
         write_certificate(folder, known)
 
 
+def merge_certificates(models: Sequence[str], folder: Path) -> None:
+    """What any of several checkpoints was trained on, for one made from all of them."""
+    known = [read_training_data(name) or {"complete": False, "base": base_name(name), "stages": []} for name in models]
+    stages = []
+    for certificate in known:
+        stages += [stage for stage in certificate["stages"] if stage not in stages]
+    write_certificate(folder, known[0] | {"complete": all(one["complete"] for one in known), "stages": stages})
+
+
 def write_certificate(folder: Path, certificate: dict) -> None:
     write_json(folder / FILE, certificate)

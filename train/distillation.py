@@ -116,9 +116,14 @@ def add_projection(student: NVEmbedModel, width: int) -> None:
     """Gives the student embeddings of another width, by a linear map that is trained and saved with it.
 
     Raises:
-        ValueError: it has a projection to yet another width.
+        ValueError: it has a projection to yet another width, or its embeddings are centred.
     """
     config = student.config
+    if config.latent_attention_config.subtract_mean:
+        raise ValueError(
+            f"the student's embeddings are centred (subtract_mean) and to be projected to {width} dimensions: start "
+            "from the checkpoint before train/center.py"
+        )
     if config.latent_attention_config.projection_dim is not None:
         raise ValueError(
             f"the student's embeddings are projected to {config.hidden_size} dimensions and the teacher's have "

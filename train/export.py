@@ -49,8 +49,8 @@ class ExportArguments:
 def check_exportable(config: NVEmbedConfig, name: str, pool_instructions: bool) -> None:
     """
     Raises:
-        ValueError: it is quantized, its embeddings are projected, the pooling is none of stock engines', or they would
-            pool what the model was trained to leave out.
+        ValueError: it is quantized, its embeddings are projected or centred, the pooling is none of stock engines', or
+            they would pool what the model was trained to leave out.
     """
     if (method := quantized_by(config)) is not None:
         raise ValueError(f"{name} is quantized ({method}): export the checkpoint that it was made from")
@@ -58,6 +58,11 @@ def check_exportable(config: NVEmbedConfig, name: str, pool_instructions: bool) 
         raise ValueError(
             f"{name} projects its embeddings to {config.hidden_size} dimensions (projection_dim), which this export "
             "has no module for: use it by AutoModel or SentenceTransformer"
+        )
+    if config.latent_attention_config.subtract_mean:
+        raise ValueError(
+            f"{name} subtracts a mean from its embeddings (subtract_mean), which stock engines do not: export the "
+            "checkpoint that train/center.py made it from"
         )
     if config.pooling_type not in MODE_OF:
         raise ValueError(

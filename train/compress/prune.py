@@ -148,12 +148,17 @@ def drop_latent_attention(model: NVEmbedModel) -> None:
     """Pools by the mean from here on.
 
     Raises:
-        ValueError: it does already, or the embeddings' projection would be lost.
+        ValueError: it does already, or the embeddings' projection or mean would be lost.
     """
     if model.config.pooling_type == "mean":
         raise ValueError("drop_latent_attention: the checkpoint pools by the mean already; leave it out")
     if model.config.latent_attention_config.projection_dim is not None:
         raise ValueError("drop_latent_attention: the checkpoint projects its embeddings behind the latent attention")
+    if model.config.latent_attention_config.subtract_mean:
+        raise ValueError(
+            "drop_latent_attention: the checkpoint subtracts the mean of what comes behind the latent attention: prune "
+            "the one that train/center.py made it from"
+        )
     model.config.pooling_type = "mean"
     model.latent_attention_model = MeanPooling(model.config.latent_attention_config)
 
