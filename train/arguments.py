@@ -150,6 +150,10 @@ class TripletArguments:
         default=None,
         metadata={"help": "Folder that build_data.py wrote; sets named by `set:` are read from there, ready."},
     )
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata={"help": "Datasets of the recipe, by name, that are not read: to measure what they give."},
+    )
     instruction: str | None = field(default=None, metadata={"help": "Task definition for the datasets that name none."})
     num_negatives: int = field(default=7, metadata={"help": "Hard negatives of a triplet (paper: 7)."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text with its instruction (paper: 512)."})
@@ -165,6 +169,10 @@ class TripletArguments:
                     f"datasets: {entry}: decontaminate is for train/build_data.py; trainings take what it made"
                 )
         self.datasets = [as_source(entry, self.data_dir) for entry in self.datasets]
+        if unknown := {*(self.leave_out or ())} - {source.name for source in self.datasets}:
+            names = ", ".join(source.name for source in self.datasets)
+            raise ValueError(f"leave_out has {min(unknown)!r}, which is none of the datasets: {names}")
+        self.datasets = [source for source in self.datasets if source.name not in (self.leave_out or ())]
         for source in self.datasets:
             check_kind(source)
         check_characters(self.instruction or "", "instruction")

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from nvembed.eval.commands import errors_in_one_line
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import continue_card
 from nvembed.train.certificate import merge_certificates
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
-from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.sparsity import check_pattern
 

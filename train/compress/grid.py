@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
+from nvembed.eval.commands import errors_in_one_line, make_checkpoint, score
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.train.arguments import STAGES, find_recipe
-from nvembed.train.commands import describe_step, errors_in_one_line, make_checkpoint, score
+from nvembed.train.compress.ladder import describe_step
 from nvembed.train.compress.solvers import METHODS
 
 

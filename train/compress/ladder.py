@@ -20,10 +20,11 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+from nvembed.eval.commands import ROOT, TRAININGS, errors_in_one_line, make_checkpoint, run, score
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.models import digest_model
 from nvembed.train.arguments import STAGES, find_recipe
-from nvembed.train.commands import ROOT, TRAININGS, describe_step, errors_in_one_line, make_checkpoint, run, score
 
 
 STEPS = ("prune", "stage2", "distill", "quantize")
@@ -84,6 +85,14 @@ class Ladder:
     def rungs(self) -> dict[str, str]:
         """The checkpoints to measure by name."""
         return {"start": self.start} | {step: str(folder) for step, folder in self.steps.items()}
+
+
+def describe_step(recipe: Path, step: str, begins_with: str) -> dict:
+    """What decides a step's result: its settings in a recipe and the common ones, and the checkpoint it begins with."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in content.items() if name not in STAGES} | content[step]
+    begin = digest_model(Path(begins_with)) if Path(begins_with).is_dir() else begins_with
+    return {name: value for name, value in settings.items() if name != "output_dir"} | {"begins with": begin}
 
 
 def run_ladder(ladder: Ladder) -> list[dict]:

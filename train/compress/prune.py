@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from nvembed.eval.commands import errors_in_one_line
 from nvembed.modeling_nvembed import MeanPooling, NVEmbedModel
 from nvembed.train.arguments import RecipeParser
 from nvembed.train.checkpoints import check_output_dir
-from nvembed.train.commands import errors_in_one_line
 from nvembed.train.compress.calibration import CompressionArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
 from nvembed.train.compress.report import report_table

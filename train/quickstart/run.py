@@ -20,9 +20,9 @@ import torch
 from huggingface_hub import HfApi
 from transformers.utils import logging as transformers_logging
 
+from nvembed.eval.commands import launch
 from nvembed.eval.files import sha256
 from nvembed.eval.run_mteb import MtebArguments, run
-from nvembed.train.commands import launch
 from nvembed.train.quickstart.docs import write_datasets
 
 

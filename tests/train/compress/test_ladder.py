@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nvembed.train.commands import make_checkpoint
+from nvembed.eval.commands import make_checkpoint
 from nvembed.train.compress import grid, ladder
 from nvembed.train.compress.ladder import Ladder
 from tests.triplets import write_jsonl

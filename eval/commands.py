@@ -9,11 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from nvembed.eval.files import write_json
-from nvembed.eval.models import digest_model
-from nvembed.train.arguments import STAGES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,47 +28,48 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"{Path(sys.argv[0]).stem}: {script} failed; its error is above")
 
 
-def launch(script: str, *arguments: str) -> None:
+def launch(script: str, *arguments: str, **options) -> None:
     """Runs a training script through `accelerate launch`, on all cores that this process may use.
+
+    Args:
+        options: of `subprocess.run`; an OMP_NUM_THREADS in its `env` is how many cores the training gets.
 
     Raises:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
     # macOS has no affinity to ask for.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = (options.get("env") or {}).get("OMP_NUM_THREADS", cores)
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     accelerate += [
         "--mixed_precision=no",
         "--dynamo_backend=no",
         f"--num_cpu_threads_per_process={cores}",
     ]
-    subprocess.run([*accelerate, script, *arguments], check=True)
+    subprocess.run([*accelerate, script, *arguments], check=True, **options)
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, **options) -> str:
     """Runs another script of the project and returns what it printed; its progress and errors are shown.
+
+    Args:
+        options: of `subprocess.run`.
 
     Raises:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
-    return subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    options = {"stdout": subprocess.PIPE} | options
+    return subprocess.run([sys.executable, script, *arguments], check=True, text=True, **options).stdout
 
 
-def describe_step(recipe: Path, step: str, begins_with: str) -> dict:
-    """What decides a step's result: its settings in a recipe and the common ones, and the checkpoint it begins with."""
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    settings = {name: value for name, value in content.items() if name not in STAGES} | content[step]
-    begin = digest_model(Path(begins_with)) if Path(begins_with).is_dir() else begins_with
-    return {name: value for name, value in settings.items() if name != "output_dir"} | {"begins with": begin}
-
-
-def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping) -> None:
+def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping, **options) -> None:
     """Runs a script that writes a checkpoint to `folder`, unless it has; a training that was stopped goes on.
 
     Args:
         script: a path from the root of the project.
         arguments: the script's, but `--output_dir`.
         made_of: what decides the result beside the arguments; kept beside the folder, so that another is noticed.
+        options: of `subprocess.run`.
 
     Raises:
         ValueError: the folder was made, or begun, by other arguments or from something else.
@@ -99,18 +96,18 @@ def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of
     if Path(script).name in TRAININGS:
         if any(folder.glob("checkpoint-*")):
             arguments += ["--resume_from_checkpoint", "true"]
-        launch(str(ROOT / script), *arguments)
+        launch(str(ROOT / script), *arguments, **options)
     else:
-        run(str(ROOT / script), *arguments)
+        run(str(ROOT / script), *arguments, **options)
 
 
-def score(checkpoint: str, tasks: Sequence[str], folder: Path, *arguments: str) -> dict[str, float]:
+def score(checkpoint: str, tasks: Sequence[str], folder: Path, *arguments: str, **options) -> dict[str, float]:
     """Main scores in percent by task, and their "average", by `eval/run_mteb.py`; measured tasks are kept in `folder`.
 
     Raises:
         subprocess.CalledProcessError: measuring failed.
     """
-    options = ["--model", checkpoint, "--tasks", *tasks, "--output_dir", str(folder), *arguments]
-    run(str(ROOT / "eval/run_mteb.py"), *options)
+    arguments = ["--model", checkpoint, "--tasks", *tasks, "--output_dir", str(folder), *arguments]
+    run(str(ROOT / "eval/run_mteb.py"), *arguments, **options)
     scores = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["tasks"]
     return {name: 100 * value for name, value in scores.items()} | {"average": 100 * statistics.mean(scores.values())}

@@ -1,0 +1,87 @@
+"""Reruns the paper's comparisons, or one's own, on a base and a budget of one's own.
+
+    python eval/ablate.py poolings --output_dir runs/poolings --dry_run
+    python eval/ablate.py poolings --output_dir runs/poolings
+    python eval/ablate.py my-grid.yaml --output_dir runs/mine --jobs 4 --page ABLATIONS.md
+
+A grid is a YAML file: a recipe, axes of overrides, seeds, tasks (see `eval/ablations/`). Each run is the commands that
+one would type: train/init_checkpoint.py, the stages, eval/run_mteb.py; runs that begin alike share their first steps.
+Every result is kept as it comes, and a grid that was stopped goes on where it was. A run that fails is named in the
+table, and the others go on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nvembed.eval.ablation.grid import Grid, cell_name, check_options
+from nvembed.eval.ablation.page import draw, put_section, section
+from nvembed.eval.ablation.runner import Results, Runner, check_jobs, estimate, open_results
+from nvembed.eval.commands import errors_in_one_line
+from nvembed.eval.markdown_table import markdown_table
+
+
+def print_plan(grid: Grid, runner: Runner, results: Results) -> None:
+    for run in grid.runs():
+        print(f"\n# {cell_name(run.cell)}, seed {run.seed}")
+        print("\n".join(runner.commands(run)))
+    rows, hours, is_known = [["step", "runs", "minutes each", "hours"]], 0.0, True
+    for name, count, minutes in estimate(grid, results):
+        rows.append([name, str(count), "?", "?"] if minutes is None else [
+            name, str(count), f"{minutes:.1f}", f"{count * minutes / 60:.1f}"
+        ])  # fmt: skip
+        hours += count * (minutes or 0) / 60
+        is_known = is_known and minutes is not None
+    print(f"\n{markdown_table(rows, 1)}")
+    at_least = "" if is_known else "at least "
+    print(f"\nStill to run: {at_least}{hours / runner.jobs:.1f} hours, {runner.jobs} at a time")
+
+
+def ablate(args: argparse.Namespace) -> int:
+    """Runs, or plans, a grid; returns how many runs failed."""
+    check_jobs(args.jobs)
+    grid, folder = Grid.read(args.grid), Path(args.output_dir)
+    grid.seeds = args.seeds or grid.seeds
+    check_options(grid)
+    results = open_results(grid, folder, args.mix_revisions)
+    runner = Runner(grid, folder, results, args.jobs)
+    if args.dry_run:
+        print_plan(grid, runner, results)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [line for run in grid.runs() for line in (f"# {cell_name(run.cell)}, {run.seed}", *runner.commands(run))]
+    (folder / "commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runner.run()
+    write(grid, results, folder, args.page)
+    return sum(len(one) for one in results.failed.values())
+
+
+def write(grid: Grid, results: Results, folder: Path, page: str | None) -> None:
+    """Writes the section and the chart into the folder and, if named, into a page; prints the section."""
+    text = section(grid, results, "chart.png", folder)
+    (folder / "SECTION.md").write_text(text, encoding="utf-8")
+    draw(grid, results, folder / "chart.png")
+    print(text)
+    if page is not None:
+        picture = Path("ablations", f"{grid.file.stem}.png")
+        draw(grid, results, Path(page).parent / picture)
+        put_section(Path(page), grid.file.stem, section(grid, results, picture.as_posix(), folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", help="a YAML file, or the name of a grid that comes with nvembed")
+    parser.add_argument("--output_dir", required=True, help="folder for checkpoints, scores and the page's section")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: a GPU each, or shares of a CPU's cores")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
+    parser.add_argument("--page", help="Markdown file to write the section into")
+    parser.add_argument("--mix_revisions", action="store_true", help="go on with results that other code has made")
+    with errors_in_one_line():
+        failed = ablate(parser.parse_args())
+    if failed:
+        sys.exit(f"ablate: {failed} runs failed; the table names them")
+
+
+if __name__ == "__main__":
+    main()

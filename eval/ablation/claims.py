@@ -1,0 +1,74 @@
+"""Which claims a grid's scores bear out: a paired t-test over seeds."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from scipy import stats
+
+from nvembed.eval.ablation.grid import Claim, Grid, cell_name
+
+
+LEVEL = 0.05
+TEST = (
+    f"Paired, two-sided t-test over seeds at {LEVEL:.0%}: of each seed the mean difference of the cells that differ in "
+    "this alone. Fewer than three seeds claim nothing."
+)
+
+
+@dataclass
+class Verdict:
+    """
+    Args:
+        differences: better - worse of each seed, in points.
+        paper: the same of the paper's scores, if the grid has them.
+        p: of no difference; None: fewer than three seeds.
+    """
+
+    claim: Claim
+    differences: list[float]
+    paper: float | None
+    p: float | None
+
+    @property
+    def words(self) -> str:
+        if len(self.differences) < 3:
+            return f"no claim: {len(self.differences)} of 3 seeds"
+        if self.p >= LEVEL:
+            return "within noise"
+        return "holds" if statistics.mean(self.differences) > 0 else "does not hold: the opposite does"
+
+
+def judge(grid: Grid, scores: dict[str, dict[str, dict[str, float]]], claim: Claim) -> Verdict:
+    """Tests one claim on the scores of `Results`."""
+    pairs = matched(grid, claim)
+    differences = []
+    for seed in map(str, grid.seeds):
+        found = [(scores.get(a, {}).get(seed), scores.get(b, {}).get(seed)) for a, b in pairs]
+        if found and all(one and other for one, other in found):
+            differences.append(statistics.mean(one[claim.score] - other[claim.score] for one, other in found))
+    known = [(grid.paper.get(a), grid.paper.get(b)) for a, b in pairs] if claim.score == "average" else []
+    paper = None
+    if known and not any(None in pair for pair in known):
+        paper = statistics.mean(one - other for one, other in known)
+    return Verdict(claim, differences, paper, p_value(differences))
+
+
+def p_value(differences: list[float]) -> float | None:
+    """Of a mean of 0; None of fewer than three."""
+    if len(differences) < 3:
+        return None
+    if len({*differences}) == 1:  # no spread: the test divides by 0
+        return 1.0 if differences[0] == 0 else 0.0
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return 1.0 if math.isnan(p) else p
+
+
+def matched(grid: Grid, claim: Claim) -> list[tuple[str, str]]:
+    """The cells to compare, by name: each with the better values, and the one with the worse values instead."""
+    pairs = []
+    for cell in map(dict, grid.cells()):
+        if all(cell[axis] == value for axis, value in claim.better.items()):
+            other = cell | claim.worse
+            pairs.append((cell_name(tuple(cell.items())), cell_name(tuple(other.items()))))
+    return pairs

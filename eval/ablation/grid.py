@@ -1,0 +1,285 @@
+"""A grid of trainings: a base recipe, axes of overrides, seeds; as YAML, and as the runs that it asks for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from pathlib import Path
+
+import yaml
+
+from nvembed.eval.commands import ROOT, run
+from nvembed.eval.files import sha256
+
+
+SCRIPTS = {
+    "init": "train/init_checkpoint.py",
+    "stage1": "train/stage1.py",
+    "stage2": "train/stage2.py",
+    "distill": "train/distill.py",
+    "center": "train/center.py",
+}
+WITHOUT_RECIPE = ("init",)
+RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
+KEYS = {
+    "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
+    "minutes", "paper", "claims", "merge_seeds",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a run; runs that begin alike share their first steps.
+
+    Args:
+        name: a key of `SCRIPTS`.
+        options: the script's, but for the folders.
+        recipe: file that holds the others; None: there is none.
+        before: the step whose checkpoint it begins with; None: it begins anew, or with the grid's `start`.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    recipe: Path | None
+    before: "Step | None"
+
+    @property
+    def key(self) -> str:
+        """Of its folder: the step's name and a digest of all that leads to it."""
+        parts = [self.name, *self.options, "" if self.recipe is None else sha256(self.recipe)]
+        parts.append("" if self.before is None else self.before.key)
+        return f"{self.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
+
+    @property
+    def chain(self) -> list["Step"]:
+        """The steps from the first to this one."""
+        return [*(self.before.chain if self.before is not None else ()), self]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one cell.
+
+    Args:
+        cell: axis -> the name of its value.
+        last: the step whose checkpoint is measured.
+    """
+
+    cell: tuple[tuple[str, str], ...]
+    seed: int
+    last: Step
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something to test: cells of one value of an axis score higher than those of another.
+
+    Args:
+        text: in words.
+        better, worse: axis -> value; cells that differ in nothing else are compared.
+        score: "average", or the name of a task.
+    """
+
+    text: str
+    better: Mapping[str, str]
+    worse: Mapping[str, str]
+    score: str = "average"
+
+
+@dataclass
+class Grid:
+    """A grid as its YAML file has it; see `eval/ablations/`.
+
+    Args:
+        file: the YAML file; relative paths of recipes and tasks start at its folder where they exist there.
+        axes: axis -> value -> what the value changes: step -> options, and maybe `recipe` and `steps`.
+        options: step -> options of every run.
+        minutes: step -> how long it takes, for the estimate; `measure` among them.
+        paper: cell, as "value, value" -> the paper's score.
+        merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
+    """
+
+    file: Path
+    title: str
+    recipe: Path
+    steps: list[str]
+    axes: dict[str, dict[str, dict]]
+    tasks: list[str]
+    seeds: list[int]
+    caption: str = ""
+    start: str | None = None
+    options: dict[str, dict] = field(default_factory=dict)
+    max_length: int = 512
+    dtype: str = "auto"
+    minutes: dict[str, float] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    merge_seeds: bool = False
+
+    @classmethod
+    def read(cls, path: str) -> "Grid":
+        """
+        Raises:
+            ValueError: the file cannot be read, lacks a key or has an unknown one; an axis has no values, or a value
+                changes something unknown; two axes set one option; a claim or a score of the paper is of no cell.
+        """
+        file = find_grid(path)
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} cannot be read as YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
+        if unknown := content.keys() - KEYS:
+            raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
+        for key in ("title", "recipe", "axes", "tasks"):
+            if key not in content:
+                raise ValueError(f"{file} lacks {key}; see eval/ablations/ for grids")
+        content["recipe"] = find_file(file, content["recipe"])
+        tasks = content["tasks"] if isinstance(content["tasks"], list) else [content["tasks"]]
+        content["tasks"] = [str(find_file(file, task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+        content["axes"] = {
+            str(axis): {str(name): change or {} for name, change in (values or {}).items()}
+            for axis, values in content["axes"].items()
+        }
+        content["claims"] = [Claim(**claim) for claim in content.get("claims", [])]
+        content.setdefault("steps", ["init", "stage1", "stage2"])
+        content.setdefault("seeds", [42, 43, 44])
+        grid = cls(file, **content)
+        grid.check()
+        return grid
+
+    def check(self) -> None:
+        """Raises the `ValueError`s of `read` that concern the axes."""
+        for axis, values in self.axes.items():
+            if not values:
+                raise ValueError(
+                    f"{self.file}: axis {axis} has no values; it must map their names to what each changes"
+                )
+            for name, change in values.items():
+                for key in change:
+                    if key not in SCRIPTS and key not in RESERVED:
+                        raise ValueError(
+                            f"{self.file}: {axis}: {name} changes {key!r}; it must be a step ({', '.join(SCRIPTS)}), "
+                            f"with its options, or {' or '.join(RESERVED)}"
+                        )
+        for (one, first), (other, second) in combinations(self.axes.items(), 2):
+            both = {place for change in first.values() for place in places(change)}
+            if shared := both & {place for change in second.values() for place in places(change)}:
+                raise ValueError(f"{self.file}: axes {one} and {other} both set {min(shared)}; let one of them set it")
+        for step in {*self.steps, *(step for change in self.changes() for step in change.get("steps", ()))}:
+            if step not in SCRIPTS:
+                raise ValueError(f"{self.file}: there is no step {step!r}; the steps are {', '.join(SCRIPTS)}")
+        cells = {cell_name(cell) for cell in self.cells()}
+        if unknown := self.paper.keys() - cells:
+            raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {sorted(cells)}")
+        for claim in self.claims:
+            for axis, value in [*claim.better.items(), *claim.worse.items()]:
+                if value not in self.axes.get(axis, {}):
+                    raise ValueError(f"{self.file}: claim {claim.text!r} names {axis}: {value}, which is no value")
+
+    def changes(self) -> Iterator[dict]:
+        for values in self.axes.values():
+            yield from values.values()
+
+    def cells(self) -> list[tuple[tuple[str, str], ...]]:
+        return [tuple(zip(self.axes, values)) for values in product(*self.axes.values())]
+
+    def runs(self) -> list[Run]:
+        """Every cell of the first seed, then of the next: a grid that is stopped early has compared something."""
+        return [Run(cell, seed, self._last_step(cell, seed)) for seed in self.seeds for cell in self.cells()]
+
+    def _last_step(self, cell, seed: int) -> Step:
+        changes = [self.axes[axis][value] for axis, value in cell]
+        steps, recipe, last = self.steps, self.recipe, None
+        for change in changes:
+            steps = change.get("steps", steps)
+            recipe = find_file(self.file, change["recipe"]) if "recipe" in change else recipe
+        for step in steps:
+            options = {"seed": seed} | self.options.get(step, {})
+            for change in changes:
+                options |= change.get(step, {})
+            spelled = tuple(part for name, value in options.items() for part in spell(name, value))
+            last = Step(step, spelled, None if step in WITHOUT_RECIPE else recipe, last)
+        return last
+
+
+def find_grid(path: str) -> Path:
+    """A grid's file: a path, or the name of one that comes with nvembed.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    own = Path(__file__).parents[1] / "ablations" / f"{path}.yaml"
+    if Path(path).is_file():
+        return Path(path).absolute()
+    if own.is_file():
+        return own
+    known = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.startswith("_")))
+    raise ValueError(f"{path} is neither a file nor the name of a grid; the grids are {known}")
+
+
+def find_file(beside: Path, name: str) -> Path:
+    """A file relative to the folder of another, or a recipe by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in (beside.parent / Path(name).expanduser(), ROOT / "train/recipes" / f"{name}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    raise ValueError(f"{beside} names {name}, which is neither a file beside it nor a recipe that comes with nvembed")
+
+
+def spell(name: str, value: object) -> list[str]:
+    """An option as on the command line."""
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(str(value).lower() if isinstance(value, bool) else str(value) for value in values)]
+
+
+def cell_name(cell: tuple[tuple[str, str], ...]) -> str:
+    return ", ".join(value for _, value in cell)
+
+
+def places(change: Mapping) -> set[str]:
+    """What an axis's value sets, such as "stage1.temperature"."""
+    options = {f"{step}.{name}" for step in change.keys() - RESERVED for name in change[step]}
+    return options | (change.keys() & RESERVED)
+
+
+def check_options(grid: Grid) -> None:
+    """Asks every script of the grid which options it knows.
+
+    Raises:
+        ValueError: it does not know one.
+    """
+    asked: dict[str, set[str]] = {}
+    for source in (grid.options, *grid.changes()):
+        for step in source.keys() - RESERVED:
+            asked.setdefault(step, set()).update(source[step])
+    for step, names in asked.items():
+        known = {*re.findall(r"--([a-z0-9_]+)", run(str(ROOT / SCRIPTS[step]), "--help"))}
+        if unknown := names - known:
+            raise ValueError(f"{grid.file}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
+
+
+def data_of(recipe: Path) -> dict[str, str]:
+    """SHA-256 of the local files that a recipe's sets name, by path."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    entries = [entry for part in parts for entry in part.get("datasets", ()) if isinstance(entry, dict)]
+    digests = {}
+    for name in {entry["path"] for entry in entries if "path" in entry}:
+        path = recipe.parent / Path(name).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        digests |= {str(Path(name, file.relative_to(path))): sha256(file) for file in files if file.is_file()}
+    return digests
+
+
+def code_digest() -> str:
+    """Of the code that trains and measures, so that results of different code are told apart."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "train").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    digests = {str(file.relative_to(ROOT)): sha256(file) for file in sorted(files)}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]

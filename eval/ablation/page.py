@@ -1,0 +1,115 @@
+"""A grid's section of ABLATIONS.md: scores beside the paper's, what became of each claim, a chart."""
+
+import statistics
+from datetime import date
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from nvembed.eval.ablation.claims import TEST, Verdict, judge
+from nvembed.eval.ablation.grid import Grid, cell_name
+from nvembed.eval.ablation.runner import MERGED, Results
+from nvembed.eval.markdown_table import markdown_table
+
+
+def section(grid: Grid, results: Results, picture: str, output_dir: Path) -> str:
+    """Markdown; `picture` is the chart's path as the page sees it."""
+    hours = sum(results.seconds.values()) / 3600
+    digests = sorted({digest for cell in results.code.values() for digest in cell.values()})
+    lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
+    lines += [markdown_table(score_rows(grid, results), len(grid.axes)), ""]
+    lines.append(
+        "Scores in percent: the mean over seeds ± their standard deviation (seeds)."
+        + (" The paper's are averages of 56 tasks of MTEB, of a model of 7 B." if grid.paper else "")
+    )
+    if grid.claims:
+        verdicts = [judge(grid, results.scores, claim) for claim in grid.claims]
+        lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
+    lines += ["", f"![{grid.title}: score of each cell]({picture})", ""]
+    if results.failed:
+        lines += ["Runs that failed:", ""]
+        lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
+        lines.append("")
+    lines.append(
+        f"`python eval/ablate.py {grid.file.stem} --output_dir {output_dir}`; {hours:.1f} hours of commands, "
+        f"{date.today()}, code {', '.join(digests) or '-'}. Each run's commands are in {output_dir}/commands.txt."
+    )
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def score_rows(grid: Grid, results: Results) -> list[list[str]]:
+    """Header and one row a cell."""
+    tasks = [name for name in next(iter(numbered(results)), {}) if name != "average"]
+    has_merged = any(MERGED in one for one in results.scores.values())
+    header = [*grid.axes, "average", *tasks, *(["seeds merged"] if has_merged else [])]
+    rows = [header + (["paper"] if grid.paper else [])]
+    for cell in grid.cells():
+        scores = results.scores.get(cell_name(cell), {})
+        by_seed = [score for seed, score in scores.items() if seed != MERGED]
+        row = [value for _, value in cell] + [shown([one["average"] for one in by_seed], with_count=True)]
+        row += [shown([one[task] for one in by_seed]) for task in tasks]
+        if has_merged:
+            row.append(f"{scores[MERGED]['average']:.2f}" if MERGED in scores else "-")
+        if grid.paper:
+            known = grid.paper.get(cell_name(cell))
+            row.append("-" if known is None else f"{known:.2f}")
+        rows.append(row)
+    return rows
+
+
+def numbered(results: Results) -> list[dict[str, float]]:
+    return [score for one in results.scores.values() for seed, score in one.items() if seed != MERGED]
+
+
+def shown(scores: list[float], with_count: bool = False) -> str:
+    if not scores:
+        return "-"
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.2f}{spread}" + (f" ({len(scores)})" if with_count else "")
+
+
+def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
+    rows = [["claim", "score", "difference here", "p", "here", "difference in the paper"]]
+    for verdict in verdicts:
+        difference = f"{statistics.mean(verdict.differences):+.2f}" if verdict.differences else "-"
+        if len(verdict.differences) > 1:
+            difference += f" ± {statistics.stdev(verdict.differences):.2f}"
+        p = "-" if verdict.p is None else f"{verdict.p:.3f}"
+        paper = "-" if verdict.paper is None else f"{verdict.paper:+.2f}"
+        rows.append([verdict.claim.text, verdict.claim.score, difference, p, verdict.words, paper])
+    return rows
+
+
+def draw(grid: Grid, results: Results, path: Path) -> None:
+    """The averages of every cell: one dot a seed, a bar at their mean."""
+    cells = [cell_name(cell) for cell in grid.cells()]
+    figure = Figure(figsize=(7, 0.8 + 0.33 * len(cells)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(cells):
+        scores = [one["average"] for seed, one in results.scores.get(name, {}).items() if seed != MERGED]
+        if scores:
+            axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color="#D55E00", linewidth=2)
+            axes.plot(scores, [place] * len(scores), "o", color="#0072B2", markersize=5, alpha=0.8)
+    axes.set_yticks(range(len(cells)), cells)
+    axes.invert_yaxis()
+    axes.set_xlabel("average score, %; a dot a seed, a line at the mean")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def put_section(page: Path, name: str, text: str) -> None:
+    """Writes a grid's section into a page, in place of its earlier one if it has any."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+    content = page.read_text(encoding="utf-8") if page.is_file() else "# Ablations\n"
+    block = f"{begin}{text}{end}"
+    before, found, rest = content.partition(begin)
+    if found:
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"{page} has {begin.strip()} and no {end.strip()}; put it behind the section's last line")
+        content = before + block + after
+    else:
+        content = content.rstrip("\n") + "\n\n" + block
+    page.write_text(content, encoding="utf-8")
