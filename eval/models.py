@@ -3,13 +3,16 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from huggingface_hub import constants
 from mteb.models.model_meta import ScoringFunction
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -35,6 +38,7 @@ class LoadedModel:
         max_length: at most this many tokens of a text with its instruction.
         similarity: the one it was trained for, cosine or dot product.
         prompts: the model's own prompts by name, used instead of the tasks' instructions; None: use the instructions.
+        count_cut: (texts, prefix) -> how many are longer than `max_length` and are cut there; None: not known.
     """
 
     name: str
@@ -43,6 +47,7 @@ class LoadedModel:
     max_length: int = MAX_LENGTH
     similarity: ScoringFunction = ScoringFunction.COSINE
     prompts: dict[str, str] | None = None
+    count_cut: Callable[[list[str], str], int] | None = None
 
     @property
     def embed_for_search(self) -> Embed:
@@ -97,7 +102,9 @@ def load_model(
             )  # fmt: skip
         max_length = min(max_length, positions)
         embed = embed_with(ours, max_length, batch_tokens, show_progress_bar=show_progress_bar)
-        return LoadedModel(name, commit, embed, max_length)
+        room = max_length - ours.config.add_eos  # the end token comes behind the text
+        count = partial(count_cut, ours.tokenizer, room)
+        return LoadedModel(name, commit, embed, max_length, count_cut=count)
 
     from sentence_transformers import SentenceTransformer
 
@@ -113,7 +120,18 @@ def load_model(
 
     prompts = None if instruct else theirs.prompts | {"default": theirs.prompts.get(theirs.default_prompt_name, "")}
     similarity = ScoringFunction(theirs.similarity_fn_name)
-    return LoadedModel(name, commit, clean_texts(check_finite(encode)), max_length, similarity, prompts)
+    count = partial(count_cut, theirs.tokenizer, theirs.max_seq_length)
+    return LoadedModel(name, commit, clean_texts(check_finite(encode)), max_length, similarity, prompts, count)
+
+
+def count_cut(tokenizer: PreTrainedTokenizerBase, max_length: int, texts: list[str], prefix: str) -> int:
+    """How many texts have more than `max_length` tokens with what stands before them."""
+    # A token is a byte at least, so short texts need no look.
+    whole = [clean(prefix + text) for text in texts]
+    long = [text for text in whole if len(text.encode()) + 2 > max_length]
+    if not long:
+        return 0
+    return sum(len(ids) > max_length for ids in tokenizer(long, truncation=False, verbose=False).input_ids)
 
 
 def embed_with(model: NVEmbedModel, max_length: int, batch_tokens: int | None = None, **options) -> Embed:

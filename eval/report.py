@@ -215,7 +215,25 @@ def markdown_report(comparison: Comparison) -> str:
     return (
         f"# Scores\n\n{' '.join(notes)}\n\n![Averages by category](report.png)\n\n"
         f"{markdown_table(average_rows(comparison))}\n\n## Tasks\n\n{seen_note(comparison)}"
-        f"{markdown_table(task_rows(comparison, marks=True), 3)}\n"
+        f"{markdown_table(task_rows(comparison, marks=True), 3)}\n{spread_section(comparison)}"
+    )
+
+
+def spread_section(comparison: Comparison) -> str:
+    """How much each model's embeddings crowd, task by task; "" if no run knows."""
+    names = ("mean_cosine", "effective_rank")
+    runs = [run for run in comparison.runs if any("mean_cosine" in detail for detail in run.details.values())]
+    if not runs:
+        return ""
+    rows = [["task", *(f"{run.name}: {name.replace('_', ' ')}" for run in runs for name in names)]]
+    for task in comparison.types:
+        figures = [run.details.get(task, {}).get(name) for run in runs for name in names]
+        if any(figure is not None for figure in figures):
+            rows.append([task, *("-" if figure is None else f"{figure:g}" for figure in figures)])
+    return (
+        "\n## Spread\n\nOf up to 1,000 texts of each task: the mean cosine of two of them (near 0 where embeddings use "
+        "all directions), and over how many dimensions they spread (the exponential of the entropy of their singular "
+        f"values).\n\n{markdown_table(rows, 1)}\n"
     )
 
 

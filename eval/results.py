@@ -3,6 +3,7 @@
 ```
 run.json                          model, revision, settings; what decides each task, such as its instruction
 results/<model>/<revision>/       mteb's own files, one per task, written as soon as it is done
+texts.json                        of each task: how many texts, how many cut, mean cosine, effective rank
 summary.json                      scores, category averages, average
 ```
 """
@@ -28,6 +29,7 @@ from nvembed.eval.training_data import is_seen, mark
 
 logger = logging.getLogger(__name__)
 
+TEXTS = "texts.json"
 CATEGORIES = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 
 
@@ -110,6 +112,16 @@ def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask
             )
 
 
+def keep_texts(folder: Path, texts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Adds what is known of some tasks' texts to `texts.json`, and returns what is known of all."""
+    file = folder / TEXTS
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = before | {name: dict(figures) for name, figures in texts.items()}
+    if known != before:
+        write_json(file, known)
+    return known
+
+
 def main_score(task: AbsTask, result: TaskResult) -> float:
     """mteb's main score, 0 to 1, averaged over the task's splits and subsets.
 
@@ -130,13 +142,15 @@ def summarize(
     results: Mapping[str, TaskResult],
     model: LoadedModel,
     certificate: Mapping | None = None,
+    texts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict:
     """`summary.json`: scores 0 to 1, averaged as in the paper: a category over its tasks, `average` over all tasks.
 
     Args:
         certificate: what the model was trained on (`nvembed.eval.training_data`).
+        texts: what is known of each task's, as `TaskEncoder` gathers it.
     """
-    tasks = list(tasks)
+    tasks, texts = list(tasks), texts or {}
     scores = {task.metadata.name: main_score(task, results[task.metadata.name]) for task in tasks}
     types = {task.metadata.name: task.metadata.type for task in tasks}
     return {
@@ -147,7 +161,10 @@ def summarize(
         "revision": model.revision,
         "mteb": mteb.__version__,
         "details": {
-            task.metadata.name: describe(task) | {"training_data": mark(is_seen(task, certificate))} for task in tasks
+            task.metadata.name: describe(task)
+            | {"training_data": mark(is_seen(task, certificate))}
+            | dict(texts.get(task.metadata.name, {}))
+            for task in tasks
         },
     }
 
@@ -202,6 +219,9 @@ def score_table(summary: dict, seconds: Mapping[str, float]) -> str:
             f"{name:<{width}}{detail['type']:<20}{detail['metric']:<26}{100 * summary['tasks'][name]:>7.2f}"
             f"{seconds[name]:>10.1f}  {detail['training_data']}"
         )
+    for name in names:
+        if cut := summary["details"][name].get("cut"):
+            lines.append(f"{name}: {cut:,} of {summary['details'][name]['texts']:,} texts are cut at max_length")
     lines.append("")
     lines += [f"{name:<{width + 46}}{100 * score:>7.2f}" for name, score in summary["categories"].items()]
     lines.append(f"{'average of ' + str(len(names)) + ' tasks':<{width + 46}}{100 * summary['average']:>7.2f}")

@@ -23,7 +23,7 @@ from nvembed.eval.models import LoadedModel
 from nvembed.eval.processes import Embed, split_over_processes
 from nvembed.eval.results import claim_folder
 from nvembed.eval.search import exact_search
-from nvembed.eval.tasks.instructions import paper_instructions
+from nvembed.eval.tasks.instructions import known_instructions
 from nvembed.eval.vectors import MadeFrom, embed_shards
 
 
@@ -45,7 +45,7 @@ class AirBenchArguments(EvaluationArguments):
     domains: list[str] | None = field(default=None, metadata={"help": "wiki, web, law, ...; all if left out."})
     splits: list[str] = field(default_factory=lambda: ["dev", "test"], metadata={"help": "dev, test."})
     instruction: str = field(
-        default=paper_instructions()["NQ"].query, metadata={"help": "Task definition of queries; documents have none."}
+        default=known_instructions()["NQ"].query, metadata={"help": "Task definition of queries; documents have none."}
     )
     top_k: int = field(default=1000, metadata={"help": "Documents per query in the search results."})
 

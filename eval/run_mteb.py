@@ -73,7 +73,8 @@ def run(args: MtebArguments) -> dict | None:
         if kept := sum(is_measured(task, encoder, cache) for task in tasks):
             print(f"{kept} of {len(tasks)} tasks were measured before")
         measured = measure(tasks, encoder, cache)
-        summary = results.summarize(tasks, measured, model, certificate)
+        texts = results.keep_texts(folder, encoder.texts)
+        summary = results.summarize(tasks, measured, model, certificate, texts)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}
         print(f"\n{model.name} at {model.revision}, {model.max_length} tokens, percent")

@@ -14,7 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from nvembed import NVEmbedModel
-from nvembed.eval.tasks.instructions import paper_prompts
+from nvembed.eval.tasks.instructions import task_prompts
 from nvembed.modeling_nvembed import NVEmbedTransformer
 from nvembed.texts_nvembed import pad, tokenize
 from nvembed.train.released import convert_released
@@ -74,8 +74,8 @@ def test_prompt_is_the_instruction(st_model, reference, sentences, prompt):
 
 def test_prompts_of_the_paper(st_model, reference, sentences):
     assert_same(st_model.encode(sentences, prompt_name="NQ"), reference.encode(sentences, NQ))
-    assert len(paper_prompts()) > 47
-    assert paper_prompts().items() <= st_model.prompts.items()
+    assert len(task_prompts()) > 47
+    assert task_prompts().items() <= st_model.prompts.items()
 
 
 def test_length_and_one_text(st_model, reference, sentences):

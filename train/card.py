@@ -139,9 +139,9 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     heading, curve = run.stage, f"loss_{run.stage}.png"
     if count := earlier.count(f"\n### {run.stage}"):  # a stage on top of the same stage
         heading, curve = f"{run.stage} ({count + 1})", f"loss_{run.stage}_{count + 1}.png"
-    points = [(entry["step"], entry["loss"]) for entry in run.history if "loss" in entry]
-    if points:
-        draw_loss(points, run.stage, folder / curve)
+    has_curve = any("loss" in entry for entry in run.history)
+    if has_curve:
+        draw_curves(run.history, run.stage, folder / curve)
     base_model = run.base if is_hub_name(run.base) else before.get("base_model")
     scores = last_scores(run)
     data = ModelCardData(
@@ -160,7 +160,7 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     if run.certificate is not None:
         text += f"\n## Training data\n\n{training_data_text(run.certificate)}\n"
     text += f"{TRAINING}{earlier}\n### {heading}\n\n{training_text(run)}\n"
-    if points:
+    if has_curve:
         text += f"\n![Loss by step]({curve})\n"
     save_card(folder, data, text)
 
@@ -321,15 +321,36 @@ def training_text(run: TrainingRun) -> str:
     text = f"`train/{run.stage}.py` of nvembed, started from `{start}`; {libraries}"
     seconds = sum(entry["train_runtime"] for entry in run.history if "train_runtime" in entry)
     text += f"; {seconds / 60:.1f} minutes since the last start.\n\n" if seconds else ".\n\n"
-    return f"{text}{markdown_table(rows, 3)}\n\n{markdown_table(settings, 2)}"
+    spread = spread_text(run.history)
+    spread = f"\n\n{spread}" if spread else ""
+    return f"{text}{markdown_table(rows, 3)}\n\n{markdown_table(settings, 2)}{spread}"
 
 
-def draw_loss(points: Sequence[tuple[int, float]], title: str, path: Path) -> None:
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step", ylabel="contrastive loss", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+def spread_text(history: Sequence[dict]) -> str:
+    """How much the embeddings crowd, at the first log of training and at the last; "" of earlier versions' logs."""
+    logs = [entry for entry in history if "mean_cosine" in entry and "effective_rank" in entry]
+    if not logs:
+        return ""
+    first, last = logs[0], logs[-1]
+    return (
+        f"Mean cosine of a batch's unrelated queries: {first['mean_cosine']:.2f} at step {first['step']}, "
+        f"{last['mean_cosine']:.2f} at step {last['step']}; effective rank of a batch's embeddings "
+        f"{first['effective_rank']:.0f}, then {last['effective_rank']:.0f}."
+    )
+
+
+def draw_curves(history: Sequence[dict], title: str, path: Path) -> None:
+    """Loss and, where the log has it, mean cosine of unrelated queries, over the steps."""
+    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    cosine = [(entry["step"], entry["mean_cosine"]) for entry in history if "mean_cosine" in entry]
+    curves = {"contrastive loss": loss} | ({"mean cosine of unrelated queries": cosine} if cosine else {})
+    figure = Figure(figsize=(6, 2.2 * len(curves) + 0.6), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(len(curves), 1, squeeze=False)[:, 0], curves.items()):
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(name, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)

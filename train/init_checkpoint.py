@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.eval.tasks.instructions import paper_prompts
+from nvembed.eval.tasks.instructions import task_prompts
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import write_base_card
 from nvembed.train.certificate import untrained, write_certificate
@@ -136,7 +136,7 @@ def init_model(args: InitArguments) -> NVEmbedModel:
         mask_type=args.mask_type,
         is_mask_instruction=args.is_mask_instruction,
         add_eos=False,  # the tokenizer does it
-        prompts=paper_prompts(),
+        prompts=task_prompts(),
     )
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)

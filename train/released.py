@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.logging import tqdm
 
 from nvembed.configuration_nvembed import NVEmbedConfig
-from nvembed.eval.tasks.instructions import paper_prompts
+from nvembed.eval.tasks.instructions import task_prompts
 from nvembed.modeling_nvembed import NVEmbedModel, save_sentence_transformers_files
 from nvembed.texts_nvembed import load_tokenizer, save_tokenizer
 from nvembed.train.checkpoints import INDEX, check_output_dir, check_weights, staged, tensors_of, write_checkpoint
@@ -35,7 +35,7 @@ def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False
     """
     check_output_dir(output_dir)
     model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
-    model.config.prompts = model.config.prompts or paper_prompts()
+    model.config.prompts = model.config.prompts or task_prompts()
     if tokenizer_adds_eos and model.config.add_eos:
         model.tokenizer, model.config.add_eos = append_eos(model.tokenizer), False
     write_checkpoint(model, output_dir)
@@ -88,7 +88,7 @@ def convert_released(source: str, output_dir: str, tokenizer_adds_eos: bool = Fa
     if kind != NVEmbedConfig.model_type:
         raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
     config = NVEmbedConfig.from_pretrained(folder)
-    config.prompts = config.prompts or paper_prompts()
+    config.prompts = config.prompts or task_prompts()
     shards = check_weights(folder, tensors_of(config))
     with staged(output_dir) as partial:
         for shard in tqdm(shards, desc="Linking", unit="file"):

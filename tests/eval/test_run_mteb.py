@@ -14,15 +14,18 @@ from types import SimpleNamespace
 import mteb
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel
 
 from nvembed import NVEmbedModel
 from nvembed.eval import run_mteb
 from nvembed.eval.models import clean, digest_model, load_model
+from nvembed.eval.report import read_run, write_report
 from nvembed.eval.results import category_averages, claim_folder, main_score
 from nvembed.eval.run_mteb import MtebArguments, run
 from nvembed.eval.tasks.lookup import select_tasks
+from nvembed.texts_nvembed import format_instruction, tokenize
 
 
 SCRIPT = Path(run_mteb.__file__)
@@ -72,6 +75,36 @@ def test_summary(arguments, tmp_path, capsys):
     assert summary["average"] == pytest.approx(sum(scores.values()) / 7), "over tasks, not over categories"
     printed = capsys.readouterr().out
     assert f"average of 7 tasks{'':>48}{100 * summary['average']:.2f}".split() == printed.splitlines()[-1].split()[:-1]
+
+
+def test_the_summary_says_how_texts_crowd_and_how_many_are_cut(arguments, checkpoint, data, tmp_path, capsys):
+    """Against encode and the tokenizer: a text beyond max_length keeps its beginning and its end token."""
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    rows = [json.loads(line) for line in (data / "sts" / "test.jsonl").read_text().splitlines()]
+    rows[0]["sentence1"] = "one two three four " * 40
+    (data / "sts" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "one.yaml").write_text("tasks: [{type: STS, path: sts, instruction: Find it}]")
+    detail = run(arguments(tasks=[str(data / "one.yaml")], max_length=32))["details"]["sts"]
+    firsts, seconds = ({row[column] for row in rows} for column in ("sentence1", "sentence2"))
+    prefix = format_instruction("Find it")
+    cut = [len(model.tokenizer(prefix + text).input_ids) > 32 for column in (firsts, seconds) for text in column]
+    assert (detail["texts"], detail["cut"]) == (len(cut), sum(cut)) and sum(cut) > 0
+    assert f"sts: {sum(cut)} of {len(cut)} texts are cut at max_length" in capsys.readouterr().out
+    unit = torch.stack([model.encode([text], prefix, max_length=32)[0] for text in firsts]).double()
+    cosines = unit @ unit.T
+    pairs = len(unit) * (len(unit) - 1)
+    assert detail["mean_cosine"] == pytest.approx((cosines.sum() - cosines.trace()).item() / pairs, abs=1e-3)
+    assert 1 <= detail["effective_rank"] <= len(unit)
+    (tokens,) = tokenize(model.tokenizer, model.config, [rows[0]["sentence1"]], [prefix], 32)
+    whole = model.tokenizer(prefix + rows[0]["sentence1"]).input_ids
+    assert tokens.input_ids == [*whole[:31], whole[-1]]
+    again = run(arguments(tasks=[str(data / "one.yaml")], max_length=32))
+    assert again["details"]["sts"] == detail, "kept with the results"
+    write_report([read_run(str(tmp_path / "out"))], str(tmp_path / "report"))
+    assert (
+        f"| sts | {detail['mean_cosine']:g} | {detail['effective_rank']:g} |"
+        in (tmp_path / "report" / "report.md").read_text()
+    )
 
 
 @pytest.mark.slow

@@ -62,6 +62,16 @@ def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
     first = (tmp_path / "one" / "loss_stage1.png").read_bytes()
     assert first == (tmp_path / "two" / "loss_stage1.png").read_bytes()
     assert first != (tmp_path / "two" / "loss_stage1_2.png").read_bytes()
+    assert "Mean cosine" not in text, "an earlier version's log has none"
+    history = [
+        {"step": step, "loss": 9.0, "mean_cosine": x, "effective_rank": 90.4} for step, x in ((1, 0.9), (5, 0.2))
+    ]
+    (tmp_path / "three").mkdir()
+    write_card(tmp_path / "three", make_run("stage1", "org/decoder", history=history), "three")
+    text = (tmp_path / "three" / "README.md").read_text()
+    assert (
+        "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of a batch's embeddings 90, then 90." in text
+    )
     write_card(tmp_path / "none", make_run("stage1", "org/decoder", history=[]), "none")
     assert "![" not in (tmp_path / "none" / "README.md").read_text(), "no loss was logged, no curve"
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from nvembed import NVEmbedModel
-from nvembed.eval.tasks.instructions import paper_prompts
+from nvembed.eval.tasks.instructions import task_prompts
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.init_checkpoint import InitArguments, main
@@ -44,7 +44,7 @@ def test_conversion_links_the_weights(released, model, sentences, tmp_path):
     }  # fmt: skip
     assert torch.equal(NVEmbedModel.from_pretrained(converted).encode(sentences), model.encode(sentences))
     settings = json.loads((converted / "config_sentence_transformers.json").read_text())
-    assert settings["prompts"] == paper_prompts()
+    assert settings["prompts"] == task_prompts()
     assert settings["prompts"]["NQ"].endswith("retrieve passages that answer the question\nQuery: ")
     assert settings["prompts"]["NQ-document"] == ""
     assert "QuoraRetrieval-document" not in settings["prompts"], "both sides carry it there"
@@ -183,7 +183,7 @@ def test_script_folds(released, model, sentences, tmp_path):
     main(InitArguments(output_dir=str(folder), from_released=str(released), fold_latent_attention=True))
     folded = NVEmbedModel.from_pretrained(folder)
     assert folded.config.latent_attention_is_folded
-    assert folded.config.prompts == paper_prompts()
+    assert folded.config.prompts == task_prompts()
     torch.testing.assert_close(folded.encode(sentences), model.encode(sentences), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="--fold_latent_attention is for --from_released"):
         main(InitArguments(output_dir=str(tmp_path / "no"), base="some", fold_latent_attention=True))

@@ -1,8 +1,12 @@
 """What `--tasks` names, and which instruction each task gets: mteb's own list walked."""
 
+import json
+from importlib.resources import files
+
+import mteb
 import pytest
 
-from nvembed.eval.tasks.instructions import TaskInstruction, paper_instructions
+from nvembed.eval.tasks.instructions import TaskInstruction, find_instruction, known_instructions
 from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
 
 
@@ -14,7 +18,7 @@ def test_every_task_of_the_paper_has_an_instruction(caplog):
     assert caplog.text == "", "no default is used"
     assert len(list(with_parts(tasks))) == len(instructions) == 68, "with CQADupstack's twelve forums"
     assert all(instruction.query for instruction in instructions.values())
-    known = paper_instructions()
+    known = known_instructions()
     for task in tasks:
         name, kind = task.metadata.name, task.metadata.type
         key = {"STS": "STS", "Summarization": "SUMM"}.get(kind, name)
@@ -26,6 +30,24 @@ def test_every_task_of_the_paper_has_an_instruction(caplog):
     assert languages == {"default", "en", "en-en"}
 
 
+def test_every_task_of_todays_benchmarks_has_an_instruction():
+    """mteb's lists walked: MTEB(eng), RTEB in all languages and domains, BRIGHT in all versions; ours are marked so."""
+    missing, benchmarks = set(), [b for b in mteb.get_benchmarks() if b.name.startswith(("MTEB(eng", "RTEB", "BRIGHT"))]
+    assert len(benchmarks) > 10
+    for benchmark in benchmarks:
+        for task in with_parts(benchmark.tasks):
+            if find_instruction(task.metadata.name, task.metadata.type) is None:
+                missing.add(task.metadata.name)
+    assert not missing
+    entries = json.loads((files("nvembed.eval.tasks") / "instructions.json").read_text())
+    ours = {name for name, entry in entries.items() if "not in the paper" in entry["source"]}
+    papers = {name for name, entry in entries.items() if name not in ours}
+    assert len(papers) == 47 and {"AppsRetrieval", "BrightBiologyRetrieval"} <= ours
+    assert find_instruction("BrightProBiologyRetrieval", "Retrieval") == find_instruction(
+        "BrightBiologyLongRetrieval", "Retrieval"
+    )
+
+
 def test_later_variants_have_the_instruction_of_the_first(caplog):
     names = [
         "ClimateFEVERHardNegatives",
@@ -33,7 +55,7 @@ def test_later_variants_have_the_instruction_of_the_first(caplog):
         "TwentyNewsgroupsClustering.v2",
         "ArXivHierarchicalClusteringP2P",
     ]
-    instructions, known = instructions_for(select_tasks(names)), paper_instructions()
+    instructions, known = instructions_for(select_tasks(names)), known_instructions()
     expected = ["ClimateFEVER", "Touche2020", "TwentyNewsgroupsClustering", "ArxivClusteringP2P"]
     assert [instructions[name] for name in names] == [known[name] for name in expected]
     assert caplog.text == ""
