@@ -265,6 +265,10 @@ class StageArguments(TrainingArguments):
             "instead of gradient_accumulation_steps."
         },
     )
+    batches_of_one_set: bool = field(
+        default=False,
+        metadata={"help": "Each batch from one data set; off: every batch blends them, as in the paper's stage 2."},
+    )
     push_adapter: bool = field(
         default=False,
         metadata={"help": "Push the adapter alone to the Hub; beside --push_to_hub, to <hub_model_id>-adapter."},

@@ -45,6 +45,7 @@ REFUSED = {
     "batch_size": "the place in the data is counted in batches",
     "num_negatives": "the triplets were made with it",
     "seed": "the order of the data follows from it",
+    "batches_of_one_set": "the order of the data follows from it",
     "data_seed": "the order of the data follows from it",
     "dtype": "the weights were trained on a base of that dtype",
     "teacher": "the student was trained towards it",

@@ -206,7 +206,8 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
         check_have_negatives(alone)
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
-    return Blend(tables, training_args.run_rows(triplets), data_args.weights, seed)
+    together = training_args.batch_rows if training_args.batches_of_one_set else 1
+    return Blend(tables, training_args.run_rows(triplets), data_args.weights, seed, together)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ WITHOUT_RECIPE = ("init",)
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 KEYS = {
     "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
-    "minutes", "paper", "claims", "merge_seeds",
+    "minutes", "paper", "claims", "merge_seeds", "zero_shot",
 }  # fmt: skip
 
 
@@ -99,6 +99,7 @@ class Grid:
         minutes: step -> how long it takes, for the estimate; `measure` among them.
         paper: cell, as "value, value" -> the paper's score.
         merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
+        zero_shot: cell -> the task whose own training split it leaves out; the cells beside them see all.
     """
 
     file: Path
@@ -117,6 +118,7 @@ class Grid:
     paper: dict[str, float] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     merge_seeds: bool = False
+    zero_shot: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Grid":
@@ -173,8 +175,11 @@ class Grid:
             if step not in SCRIPTS:
                 raise ValueError(f"{self.file}: there is no step {step!r}; the steps are {', '.join(SCRIPTS)}")
         cells = {cell_name(cell) for cell in self.cells()}
-        if unknown := self.paper.keys() - cells:
-            raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {sorted(cells)}")
+        for key, named in (("paper", self.paper), ("zero_shot", self.zero_shot)):
+            if unknown := named.keys() - cells:
+                raise ValueError(
+                    f"{self.file}: {key} has {min(unknown)!r}, which is no cell; cells are {sorted(cells)}"
+                )
         for claim in self.claims:
             for axis, value in [*claim.better.items(), *claim.worse.items()]:
                 if value not in self.axes.get(axis, {}):
@@ -217,7 +222,9 @@ def find_grid(path: str) -> Path:
         return Path(path).absolute()
     if own.is_file():
         return own
-    known = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.startswith("_")))
+    known = ", ".join(
+        sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.endswith(("-tasks", "-recipe")))
+    )
     raise ValueError(f"{path} is neither a file nor the name of a grid; the grids are {known}")
 
 

@@ -22,6 +22,9 @@ def section(grid: Grid, results: Results, picture: str, output_dir: Path) -> str
         "Scores in percent: the mean over seeds ± their standard deviation (seeds)."
         + (" The paper's are averages of 56 tasks of MTEB, of a model of 7 B." if grid.paper else "")
     )
+    if grid.zero_shot:
+        lines += ["", markdown_table(zero_shot_rows(grid, results), 1), ""]
+        lines.append("Zero-shot: the task's own training split was left out, all others were trained on.")
     if grid.claims:
         verdicts = [judge(grid, results.scores, claim) for claim in grid.claims]
         lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
@@ -55,6 +58,23 @@ def score_rows(grid: Grid, results: Results) -> list[list[str]]:
             row.append("-" if known is None else f"{known:.2f}")
         rows.append(row)
     return rows
+
+
+def zero_shot_rows(grid: Grid, results: Results) -> list[list[str]]:
+    """Header, one row a task, and the averages: of the cell that sees all sets, and of those without the task's own."""
+    (seeing,) = [cell_name(cell) for cell in grid.cells() if cell_name(cell) not in grid.zero_shot]
+    rows = [["task", "seen", "zero-shot"]]
+    seen, unseen = {}, {}
+    for cell, task in grid.zero_shot.items():
+        for kind, name in ((seen, seeing), (unseen, cell)):
+            by_seed = {seed: one[task] for seed, one in results.scores.get(name, {}).items() if seed != MERGED}
+            kind[task] = by_seed
+        rows.append([task, shown(list(seen[task].values())), shown(list(unseen[task].values()))])
+    averages = []
+    for kind in (seen, unseen):
+        seeds = set.intersection(*(set(by_seed) for by_seed in kind.values()))
+        averages.append(shown([statistics.mean(by_seed[seed] for by_seed in kind.values()) for seed in sorted(seeds)]))
+    return [*rows, ["average", *averages]]
 
 
 def numbered(results: Results) -> list[dict[str, float]]:

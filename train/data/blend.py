@@ -24,12 +24,21 @@ class Blend(TorchDataset):
         weights: shares of the sets, in any unit; None: by number of triplets, so that a run as long as all tables
             together has each triplet once.
         seed: of the order.
+        together: so many consecutive samples, from the first on, are of one set: a batch. The shares are then of
+            batches.
 
     Raises:
         ValueError: there are no tables, one is empty, or the weights are not one positive number for each.
     """
 
-    def __init__(self, tables: Sequence[Dataset], samples: int, weights: Sequence[float] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        tables: Sequence[Dataset],
+        samples: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        together: int = 1,
+    ):
         if not tables or not all(map(len, tables)):
             raise ValueError(f"a blend needs tables with triplets, it has {[len(table) for table in tables]}")
         weights = [len(table) for table in tables] if weights is None else weights
@@ -38,15 +47,18 @@ class Blend(TorchDataset):
         self.tables, self.seed = list(tables), seed
         self.triplets = sum(map(len, tables))
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        groups = -(-samples // together)
         times, sets, draws = [], [], []
         for index, share in enumerate(shares):
-            # The n-th triplet of a set falls at random within the n-th of equal intervals: even, but not periodic.
-            count = int(samples * share) + 2
+            # The n-th group of a set falls at random within the n-th of equal intervals: even, but not periodic.
+            count = int(groups * share) + 2
             times.append((np.arange(count) + self._rng(index, "times").random(count)) / share)
             sets.append(np.full(count, index, dtype=np.int32))
             draws.append(np.arange(count, dtype=np.int64))
-        order = np.argsort(np.concatenate(times), kind="stable")[:samples]
-        self._sets, self._draws = np.concatenate(sets)[order], np.concatenate(draws)[order]
+        order = np.argsort(np.concatenate(times), kind="stable")[:groups]
+        self._sets = np.concatenate(sets)[order].repeat(together)[:samples]
+        first = (np.concatenate(draws)[order] * together).repeat(together)
+        self._draws = (first + np.tile(np.arange(together), groups))[:samples]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by set: its current pass and the order of that
 
     def _rng(self, index: int, *purpose: str | int) -> np.random.Generator:

@@ -45,6 +45,20 @@ def test_weights_set_the_shares_and_small_sets_come_again():
     assert len({query for query in drawn if query[0] == "a"}) == count["a"], "no triplet of the large set twice"
 
 
+def test_batches_of_one_set_keep_the_shares():
+    """Every eight samples are of one set, in the sets' shares; each set is used up before it repeats."""
+    blend = Blend([table("a", 90), table("b", 30)], samples=164, seed=1, together=8)
+    drawn = queries(blend)
+    batches = [{query[0] for query in drawn[start : start + 8]} for start in range(0, 164, 8)]
+    assert all(len(names) == 1 for names in batches) and len(drawn) == 164
+    count = Counter(name for names in batches for name in names)
+    assert abs(count["a"] - 0.75 * len(batches)) <= 3.5
+    for name, rows in (("a", 90), ("b", 30)):
+        own = [query for query in drawn if query[0] == name]
+        assert len({*own[:rows]}) == min(rows, len(own))
+    assert blend.samples(16) == [sum(query[0] == name for query in drawn[:16]) for name in "ab"]
+
+
 def test_order_is_the_seeds_and_no_other_sets(tmp_path):
     tables = [table("a", 50), table("b", 50)]
     drawn = queries(Blend(tables, 100, seed=1))
