@@ -24,6 +24,7 @@ STAGES = {
     "prune": "train/compress/prune.py",
     "distill": "train/distill.py",
     "quantize": "train/compress/quantize.py",
+    "center": "train/center.py",
     "ladder": "train/compress/ladder.py",
 }
 

@@ -1,6 +1,6 @@
 """Writes a checkpoint that subtracts the mean of its embeddings from each, so that they do not crowd into a cone.
 
-    python train/center.py --model_name_or_path runs/stage2 --output_dir runs/centred --config smollm2
+    python train/center.py --model_name_or_path runs/stage2 --output_dir runs/centred --datasets my.jsonl
 
 The mean is over the texts of `calibration_samples` triplets, queries with their instructions and passages as in
 training, before normalizing. It is a constant of the checkpoint (`latent_attention_model.mean_embedding`); training and
@@ -25,7 +25,7 @@ from nvembed.train.compress.checkpoint import load_uncompressed, write_compresse
 
 @dataclass
 class CenterArguments(CompressionArguments):
-    stage: ClassVar[str] = "stage2"  # the part of a recipe whose data it reads
+    stage: ClassVar[str] = "center"
 
     calibration_samples: int = field(default=512, metadata={"help": "Triplets whose texts make the mean."})
 

@@ -117,6 +117,43 @@ def test_one_recipe_for_both_stages(tmp_path):
         parse(tmp_path, RECIPE + "stage1: 5\n")
 
 
+def test_sets_are_left_out_by_name(tmp_path):
+    recipe = "datasets: [{path: a, weight: 1}, {path: b, weight: 2, name: bee}]\ninstruction: x\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+
+    def read(*names):
+        parser = RecipeParser(ModelArguments, DataArguments, Stage2Arguments)
+        options = [
+            "--config",
+            str(tmp_path / "r.yaml"),
+            "--output_dir",
+            "o",
+            "--use_cpu",
+            "true",
+            "--leave_out",
+            *names,
+        ]
+        return parser.parse_args_and_config([*options, "--leave_out", *names])[1]
+
+    assert [source.name for source in read("bee").datasets] == ["a"] and read("bee").weights == [1]
+    with pytest.raises(ValueError, match="leave_out has 'b', which is none of the datasets: a, bee"):
+        read("b")
+
+
+@pytest.mark.parametrize("value", ["--in_batch_negatives", "true", "True", "labels", "false"])
+def test_in_batch_negatives_have_three_settings(tmp_path, value):
+    options = [value] if value.startswith("--") else ["--in_batch_negatives", value]
+    expected = {"labels": "labels", "false": False}.get(value, True)
+    for stage in (Stage1Arguments, Stage2Arguments):
+        assert parse(tmp_path, RECIPE, *options, stage=stage)[2].in_batch_negatives == expected
+        in_recipe = RECIPE + f"in_batch_negatives: {str(expected).lower()}\n"
+        assert parse(tmp_path, in_recipe, stage=stage)[2].in_batch_negatives == expected
+    with pytest.raises(ValueError, match="in_batch_negatives is 'some'; it must be true, false or labels"):
+        parse(tmp_path, RECIPE, "--in_batch_negatives", "some")
+    with pytest.raises(ValueError, match="spread_out_weight is -1.0; it must be 0"):
+        parse(tmp_path, RECIPE, "--spread_out_weight", "-1")
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkeypatch):
     content = yaml.safe_load(path.read_text())
