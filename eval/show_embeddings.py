@@ -102,8 +102,14 @@ def make_maps(embeddings: list[np.ndarray], labels: list[str], args: EmbeddingsA
 
 
 def caption(one: Map) -> str:
-    figures = ", ".join(f"{name} {value:.2f}" for name, value in one.figures.items())
-    return f"{one.name}: {figures}"
+    return f"{one.name}: {', '.join(spelled(one))}"
+
+
+def spelled(one: Map) -> list[str]:
+    return [
+        f"{name} {value:.1f}" if name == "effective rank" else f"{name} {value:.2f}"
+        for name, value in one.figures.items()
+    ]
 
 
 def draw(maps: list[Map], labels: list[str], path: Path) -> None:
@@ -115,10 +121,11 @@ def draw(maps: list[Map], labels: list[str], path: Path) -> None:
             points = one.points[[own == label for own in labels]]
             # A ninth class has the first's colour and another shape.
             color, marker = COLORS[place % len(COLORS)], MARKERS[(place + place // len(COLORS)) % len(MARKERS)]
-            axes.scatter(*points.T, s=16, c=color, marker=marker, alpha=0.75, linewidths=0, label=label)
-        figures = "\n".join(f"{name} {value:.2f}" for name, value in one.figures.items())
+            axes.scatter(
+                *points.T, s=16, c=color, marker=marker, alpha=0.8, edgecolors="#333333", linewidths=0.25, label=label
+            )
         axes.set_title(one.name, fontsize=11)
-        axes.text(0.01, 0.99, figures, transform=axes.transAxes, fontsize=8, va="top", color="#444444")
+        axes.text(0.01, 0.99, "\n".join(spelled(one)), transform=axes.transAxes, fontsize=8, va="top", color="#444444")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set(aspect="equal", xlim=(-1.06, 1.06), ylim=(-1.06, 1.06))

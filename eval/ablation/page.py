@@ -15,7 +15,7 @@ from nvembed.eval.markdown_table import markdown_table
 def section(grid: Grid, results: Results, picture: str, output_dir: Path) -> str:
     """Markdown; `picture` is the chart's path as the page sees it."""
     hours = sum(results.seconds.values()) / 3600
-    digests = sorted({digest for cell in results.code.values() for digest in cell.values()})
+    digests = sorted({*results.code.values()})
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
     lines += [markdown_table(score_rows(grid, results), len(grid.axes)), ""]
     lines.append(

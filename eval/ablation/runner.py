@@ -35,14 +35,14 @@ class Results:
         scores: cell -> seed, as text, or "merged" -> task -> score in percent, "average" among them.
         failed: cell -> seed -> why.
         seconds: folder of a step, or of a measurement -> how long it took.
-        code: cell -> seed -> digest of the code that it was made by.
+        code: folder of a step, or of a measurement -> digest of the code that made it.
     """
 
     made_of: dict
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    code: dict[str, dict[str, str]] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
 
     def missing(self, grid: Grid) -> list[Run]:
         """The runs without scores."""
@@ -76,7 +76,7 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
             if isinstance(was, dict) and isinstance(now, dict):
                 name += f" {next(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))}"
             raise ValueError(f"{folder} has results of other {name}: name another output_dir, or remove this one")
-    before = {digest for cell in results.code.values() for digest in cell.values()}
+    before = {*results.code.values()}
     if before - {code_digest()} and not mix_revisions:
         raise ValueError(
             f"{folder} has results of other code ({', '.join(sorted(before))}; this is {code_digest()}): name another "
@@ -123,9 +123,12 @@ class Runner:
                         runs.remove(run)
                     elif not missing:
                         runs.remove(run)
-                        working[pool.submit(self._timed, run.last.key + MEASURING, self._measure, run)] = run
-                    elif missing[0].key not in {step.key for step in working.values() if isinstance(step, Step)}:
-                        working[pool.submit(self._timed, missing[0].key, self._make, missing[0])] = missing[0]
+                        key = run.last.key + MEASURING
+                        working[pool.submit(self._timed, key, self._measure, run)] = run
+                        self._claim(key)
+                    elif (step := missing[0]).key not in {job.key for job in working.values() if isinstance(job, Step)}:
+                        working[pool.submit(self._timed, step.key, self._make, step)] = step
+                        self._claim(step.key)
                 if not working:
                     continue
                 for future in wait(working, return_when=FIRST_COMPLETED).done:
@@ -141,6 +144,11 @@ class Runner:
                     self.results.save(self.folder)
         if self.grid.merge_seeds:
             self._merge()
+        self.results.save(self.folder)
+
+    def _claim(self, key: str) -> None:
+        """Notes the code that makes something before it is made: a training that is stopped goes on later."""
+        self.results.code.setdefault(key, code_digest())
         self.results.save(self.folder)
 
     def _timed(self, key: str, work, *arguments) -> None:
@@ -185,7 +193,6 @@ class Runner:
         self.results.scores.setdefault(cell_name(run.cell), {})[str(run.seed)] = self._score(
             self.folder_of(run.last), run.last.key, environment
         )
-        self.results.code.setdefault(cell_name(run.cell), {})[str(run.seed)] = code_digest()
         return True
 
     def _score(self, checkpoint: Path, name: str, environment: dict[str, str]) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_an_option_that_no_script_has_is_refused_before_anything_runs(write_grid
 def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     grid = Grid.read(write_grid())
     results = open_results(grid, tmp_path, False)
-    results.scores, results.code = {"mean": {"1": {"average": 1.0}}}, {"mean": {"1": "0123456789ab"}}
+    results.scores, results.code = {"mean": {"1": {"average": 1.0}}}, {"init-1": "0123456789ab"}
     results.save(tmp_path)
     with pytest.raises(ValueError, match=r"results of other code \(0123456789ab; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
