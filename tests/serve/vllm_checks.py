@@ -47,6 +47,7 @@ KINDS = {
     "qwen2-self-attention": ({"qkv_bias": True}, {"pooling_type": "self_attention"}),
     "causal-eos": ({}, {"pooling_type": "eos", "mask_type": "c"}),
     "instruction-pooled": ({}, {"pooling_type": "mean", "is_mask_instruction": False}),
+    "centred": ({}, {"latent_attention_config": LATENTS | {"subtract_mean": True}}),
 }
 
 
@@ -85,13 +86,15 @@ def prepare(folder: Path) -> None:
             tokenizer = append_eos(train_tokenizer([*sentences, *passages[:50]]))
             tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
         torch.manual_seed(0)
-        options = {"prompts": {"own": OWN}, "add_eos": name == "released"} | fields
+        options = {"prompts": {"own": OWN}, "add_eos": name == "released", "latent_attention_config": LATENTS} | fields
         text_config = SHAPE | {"vocab_size": len(tokenizer)} | decoder
-        model = NVEmbedModel(NVEmbedConfig(text_config=text_config, latent_attention_config=LATENTS, **options)).eval()
+        model = NVEmbedModel(NVEmbedConfig(text_config=text_config, **options)).eval()
         for part in ("latent_attention_model", "_norm", "_proj.bias"):
             for parameter_name, parameter in model.named_parameters():
                 if part in parameter_name:
                     torch.nn.init.normal_(parameter, mean=float(part == "_norm"), std=0.3)
+        if name == "centred":
+            torch.nn.init.normal_(model.latent_attention_model.mean_embedding)
         model.tokenizer = tokenizer
         if name == "released":
             model.save_pretrained(folder / "adds-eos")
