@@ -1,93 +1,18 @@
-"""Every option of the training scripts, as dataclasses for `RecipeParser`: YAML and command line alike."""
+"""Every option of the training scripts, as dataclasses for `RecipeParser`."""
 
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from nvembed.texts_nvembed import check_characters
 from nvembed.train.data.kinds import check_kind
 from nvembed.train.data.sets import as_source
-from nvembed.train.data.source import DatasetSource, resolve_entry
-
-
-# Steps that a recipe may hold the settings of, each under its own key, and their scripts.
-STAGES = {
-    "stage1": "train/stage1.py",
-    "stage2": "train/stage2.py",
-    "prune": "train/compress/prune.py",
-    "distill": "train/distill.py",
-    "quantize": "train/compress/quantize.py",
-    "center": "train/center.py",
-    "ladder": "train/compress/ladder.py",
-}
-
-
-class RecipeParser(TrlParser):
-    """`TrlParser` for recipes: YAML files, by path or, for those that come with nvembed, by name.
-
-    A recipe may hold several steps: keys under `stage1:` or `prune:` override those at the top level. Which of them is
-    read follows from the dataclass that has a `stage`. Relative paths of data start at the recipe's folder.
-    """
-
-    def __init__(self, *dataclass_types: type):
-        self.stage = next(group.stage for group in dataclass_types if hasattr(group, "stage"))
-        super().__init__(dataclass_types)
-
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
-        args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-        if args.count("--config") > 1:
-            raise ValueError(
-                "--config is given more than once; a run has one recipe, whose settings other options override"
-            )
-        place = args.index("--config") + 1 if "--config" in args else len(args)
-        if args[-1:] == ["--config"]:
-            raise ValueError("--config is the last argument; name a recipe after it")
-        if place < len(args):
-            self.recipe = find_recipe(args[place])
-            args[place] = str(self.recipe)
-        return super().parse_args_and_config(args, **options)
-
-    def set_defaults_with_config(self, **config) -> list[str]:
-        parts = {name: config.pop(name) for name in STAGES if name in config}
-        for name, part in parts.items():
-            if not isinstance(part, dict):
-                raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
-        if parts and self.stage not in parts:
-            run = STAGES[next(iter(parts))]
-            raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run {run}")
-        config |= parts.get(self.stage, {})
-        if isinstance(config.get("datasets"), (list, dict, str)):
-            entries = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]
-            config["datasets"] = [resolve_entry(entry, self.recipe.parent) for entry in entries]
-        if isinstance(config.get("eval_tasks"), str):
-            config["eval_tasks"] = str(self.recipe.parent / Path(config["eval_tasks"]).expanduser())
-        return super().set_defaults_with_config(**config)
-
-
-def _split_config(arg: str) -> list[str]:
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe's file: a path, or the name of one that comes with nvembed.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if Path(name).is_file():
-        return Path(name).absolute()
-    folder = Path(__file__).with_name("recipes")
-    if (folder / f"{name}.yaml").is_file():
-        return folder / f"{name}.yaml"
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.endswith("-tasks")))
-    raise ValueError(f"--config {name} is neither a file nor the name of a recipe; the recipes are {known}")
+from nvembed.train.data.source import DatasetSource
 
 
 KD_LOSSES = ("states", "scores", "embeddings")

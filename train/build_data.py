@@ -17,7 +17,6 @@ from transformers import HfArgumentParser
 
 from nvembed.eval.files import write_json
 from nvembed.eval.shards import ExecutorArguments
-from nvembed.train.arguments import find_recipe
 from nvembed.train.data.build import build, claim_output, teacher_name
 from nvembed.train.data.build_settings import BuildSettings, TeacherSettings
 from nvembed.train.data.data_page import write_page
@@ -26,6 +25,7 @@ from nvembed.train.data.kinds import check_kind
 from nvembed.train.data.mining import MiningRules
 from nvembed.train.data.sets import as_source, list_sets
 from nvembed.train.data.source import check_exists, check_fields, check_keys, check_sources, resolve_entry
+from nvembed.train.recipe import find_recipe
 
 
 RESERVED = ("work", "manifest.json", "DATA.md", "dropped.png")  # of the folder that a build writes

@@ -17,10 +17,10 @@ from nvembed.eval.commands import errors_in_one_line
 from nvembed.eval.spread import effective_rank, mean_cosine
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.texts_nvembed import PackedLayout
-from nvembed.train.arguments import RecipeParser
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.compress.calibration import CompressionArguments, calibration_chunks
 from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
+from nvembed.train.recipe import RecipeParser
 
 
 @dataclass

@@ -17,7 +17,6 @@ from nvembed.train.arguments import (
     DataArguments,
     DistillArguments,
     ModelArguments,
-    RecipeParser,
     StageArguments,
     check_negatives,
     settings_of,
@@ -39,6 +38,7 @@ from nvembed.train.data.source import check_exists, check_sources
 from nvembed.train.distillation import prepare_distillation
 from nvembed.train.hub import check_push, push
 from nvembed.train.memory import limit_primitive_cache
+from nvembed.train.recipe import RecipeParser
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
 from nvembed.train.teacher import EmbeddingTeacher, cache_embeddings
 from nvembed.train.trainer import EmbeddingTrainer

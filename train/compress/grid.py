@@ -17,9 +17,9 @@ import yaml
 from nvembed.eval.commands import errors_in_one_line, make_checkpoint, score
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
-from nvembed.train.arguments import STAGES, find_recipe
 from nvembed.train.compress.ladder import describe_step
 from nvembed.train.compress.solvers import METHODS
+from nvembed.train.recipe import STAGES, find_recipe
 
 
 ARMS = {"retrained": "stage2", "distilled": "distill"}  # and their steps

@@ -24,7 +24,7 @@ from nvembed.eval.commands import ROOT, TRAININGS, errors_in_one_line, make_chec
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.models import digest_model
-from nvembed.train.arguments import STAGES, find_recipe
+from nvembed.train.recipe import STAGES, find_recipe
 
 
 STEPS = ("prune", "stage2", "distill", "quantize")

@@ -16,7 +16,6 @@ from torch import nn
 
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.modeling_nvembed import MeanPooling, NVEmbedModel
-from nvembed.train.arguments import RecipeParser
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.compress.calibration import CompressionArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
@@ -24,6 +23,7 @@ from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import METHODS, relative_error
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.compress.structure import drop_layers, narrow
+from nvembed.train.recipe import RecipeParser
 
 
 REPORT = "pruning.json"  # in the checkpoint's folder

@@ -31,13 +31,13 @@ from transformers.quantizers import AutoHfQuantizer
 
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.arguments import RecipeParser
 from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.compress.calibration import CompressionArguments, LayerInputs, calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed, write_compressed
 from nvembed.train.compress.report import report_table
 from nvembed.train.compress.solvers import relative_error, round_gptq
 from nvembed.train.compress.sparsity import check_pattern, decoder_matrices
+from nvembed.train.recipe import RecipeParser
 
 
 REPORT = "quantization.json"  # in the checkpoint's folder
