@@ -11,25 +11,24 @@ table, and the others go on.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
-from nvembed.eval.ablation.grid import Grid, cell_name, check_options
+from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
 from nvembed.eval.ablation.page import draw, put_section, section
-from nvembed.eval.ablation.runner import Results, Runner, check_jobs, estimate, open_results
+from nvembed.eval.ablation.runner import Results, Runner, check_jobs, claimed, estimate, open_results
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.eval.markdown_table import markdown_table
 
 
-def print_plan(grid: Grid, runner: Runner, results: Results) -> None:
-    for run in grid.runs():
-        print(f"\n# {cell_name(run.cell)}, seed {run.seed}")
-        print("\n".join(runner.commands(run)))
+def print_plan(grid: Grid, runner: Runner) -> None:
+    for name, lines in runner.commands().items():
+        print(f"\n# {name}", *lines, sep="\n")
     rows, hours, is_known = [["step", "runs", "minutes each", "hours"]], 0.0, True
-    for name, count, minutes in estimate(grid, results):
-        rows.append([name, str(count), "?", "?"] if minutes is None else [
-            name, str(count), f"{minutes:.1f}", f"{count * minutes / 60:.1f}"
-        ])  # fmt: skip
+    for name, count, minutes in estimate(grid, runner.results):
+        figures = ["?", "?"] if minutes is None else [f"{minutes:.1f}", f"{count * minutes / 60:.1f}"]
+        rows.append([name, str(count), *figures])
         hours += count * (minutes or 0) / 60
         is_known = is_known and minutes is not None
     print(f"\n{markdown_table(rows, 1)}")
@@ -41,31 +40,36 @@ def ablate(args: argparse.Namespace) -> int:
     """Runs, or plans, a grid; returns how many runs failed."""
     check_jobs(args.jobs)
     grid, folder = Grid.read(args.grid), Path(args.output_dir)
-    grid.seeds = args.seeds or grid.seeds
+    if args.seeds is not None:
+        check_seeds(args.seeds)
+        grid.seeds = args.seeds
     check_options(grid)
-    results = open_results(grid, folder, args.mix_revisions)
-    runner = Runner(grid, folder, results, args.jobs)
     if args.dry_run:
-        print_plan(grid, runner, results)
+        print_plan(grid, Runner(grid, folder, open_results(grid, folder, args.mix_revisions), args.jobs))
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [line for run in grid.runs() for line in (f"# {cell_name(run.cell)}, {run.seed}", *runner.commands(run))]
-    (folder / "commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    runner.run()
-    write(grid, results, folder, args.page)
+    with claimed(folder):
+        results = open_results(grid, folder, args.mix_revisions)
+        runner = Runner(grid, folder, results, args.jobs)
+        lines = [line for name, own in runner.commands().items() for line in (f"# {name}", *own)]
+        (folder / "commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        runner.run()
+        write(grid, results, folder, args)
     return sum(len(one) for one in results.failed.values())
 
 
-def write(grid: Grid, results: Results, folder: Path, page: str | None) -> None:
+def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) -> None:
     """Writes the section and the chart into the folder and, if named, into a page; prints the section."""
-    text = section(grid, results, "chart.png", folder)
+    command = ["python", "eval/ablate.py", args.grid, "--output_dir", args.output_dir]
+    command += ["--seeds", *map(str, args.seeds)] if args.seeds is not None else []
+    command = shlex.join([*command, *(["--mix_revisions"] if args.mix_revisions else [])])
+    text = section(grid, results, "chart.png", command)
     (folder / "SECTION.md").write_text(text, encoding="utf-8")
     draw(grid, results, folder / "chart.png")
     print(text)
-    if page is not None:
+    if args.page is not None:
         picture = Path("ablations", f"{grid.file.stem}.png")
-        draw(grid, results, Path(page).parent / picture)
-        put_section(Path(page), grid.file.stem, section(grid, results, picture.as_posix(), folder))
+        draw(grid, results, Path(args.page).parent / picture)
+        put_section(Path(args.page), grid.file.stem, section(grid, results, picture.as_posix(), command))
 
 
 def main() -> None:

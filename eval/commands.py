@@ -44,6 +44,7 @@ def launch(script: str, *arguments: str, **options) -> None:
     accelerate += [
         "--mixed_precision=no",
         "--dynamo_backend=no",
+        "--quiet",  # the script's own error is enough
         f"--num_cpu_threads_per_process={cores}",
     ]
     subprocess.run([*accelerate, script, *arguments], check=True, **options)

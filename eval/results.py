@@ -112,6 +112,16 @@ def check_cached(cache: ResultCache, model: LoadedModel, tasks: Iterable[AbsTask
             )
 
 
+def about_texts(task: AbsTask, texts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What is known of a task's texts; of an aggregated one, how many its parts have and cut."""
+    if not isinstance(task, AbsTaskAggregate):
+        return dict(texts.get(task.metadata.name, {}))
+    parts = [about_texts(part, texts) for part in task.metadata.tasks]
+    if not all("texts" in part and part["cut"] is not None for part in parts):
+        return {}
+    return {name: sum(part[name] for part in parts) for name in ("texts", "cut")}
+
+
 def keep_texts(folder: Path, texts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Adds what is known of some tasks' texts to `texts.json`, and returns what is known of all."""
     file = folder / TEXTS
@@ -163,7 +173,7 @@ def summarize(
         "details": {
             task.metadata.name: describe(task)
             | {"training_data": mark(is_seen(task, certificate))}
-            | dict(texts.get(task.metadata.name, {}))
+            | about_texts(task, texts)
             for task in tasks
         },
     }

@@ -28,6 +28,7 @@ from nvembed.eval.data.labelled import LabelledArguments
 from nvembed.eval.files import write_json
 from nvembed.eval.models import load_model, scaled_to_1
 from nvembed.eval.report import COLORS
+from nvembed.eval.show_latents import short_names
 from nvembed.eval.spread import effective_rank, mean_cosine
 
 
@@ -47,9 +48,11 @@ class EmbeddingsArguments(LabelledArguments):
     max_length: int = field(default=128, metadata={"help": "Tokens of a text with its instruction."})
 
     def __post_init__(self):
-        self.names = self.names or [Path(model).name for model in self.models]
+        self.names = self.names or short_names(self.models)
         if len(self.names) != len(self.models):
             raise ValueError(f"names is {self.names} for {len(self.models)} models; give one for each")
+        if len({*self.names}) < len(self.names):
+            raise ValueError(f"two maps have one name: {self.names}; give each another with --names")
 
 
 @dataclass
@@ -143,7 +146,7 @@ def write_page(maps: list[Map], texts: list[str], labels: list[str], args: Embed
         "classes": classes,
         "colors": COLORS,
     }
-    told = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")  # no text ends the script
+    told = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text ends the script
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("{{title}}", html.escape(f"Embeddings of {Path(args.data).name}: {', '.join(args.names)}"))
     path.write_text(page.replace("{{data}}", told), encoding="utf-8")

@@ -101,13 +101,14 @@ def separation(of_texts: Tensor, labels: list[str], pair: tuple[str, str]) -> Te
     return (first.mean(0) - second.mean(0)) / variance.sqrt().clamp(min=1e-12)
 
 
-def by_chance(of_texts: Tensor, labels: list[str], pair: tuple[str, str], seed: int) -> float:
-    """The largest separation that shuffled labels give, mean over `SHUFFLES`."""
+def by_chance(of_texts: Tensor, labels: list[str], seed: int) -> float:
+    """The largest separation of any two classes that shuffled labels give, mean over `SHUFFLES`."""
     generator = torch.Generator().manual_seed(seed)
     largest = []
     for _ in range(SHUFFLES):
         shuffled = [labels[i] for i in torch.randperm(len(labels), generator=generator).tolist()]
-        largest.append(separation(of_texts, shuffled, pair).abs().max().item())
+        pairs = combinations(sorted({*labels}), 2)
+        largest.append(max(separation(of_texts, shuffled, pair).abs().max().item() for pair in pairs))
     return sum(largest) / len(largest)
 
 
@@ -136,7 +137,6 @@ def describe(model: NVEmbedModel, name: str, seen: Attention, labels: list[str],
             {
                 "classes": pair,
                 "largest": scores.abs().max().item(),
-                "by_chance": by_chance(seen.of_texts, labels, pair, args.seed),
                 "latents": [
                     {
                         "head": place // width, "latent": place % width, "separation": scores.flatten()[place].item(),
@@ -151,7 +151,17 @@ def describe(model: NVEmbedModel, name: str, seen: Attention, labels: list[str],
             }
         )  # fmt: skip
     pairs.sort(key=lambda one: -one["largest"])
-    return {"model": name, "latents_used": used_latents(seen.of_texts).tolist(), "pairs": pairs}
+    known = {"model": name, "latents_used": used_latents(seen.of_texts).tolist(), "pairs": pairs}
+    return known | {"by_chance": by_chance(seen.of_texts, labels, args.seed)}
+
+
+def short_names(names: list[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    for parts in range(1, max(len(Path(name).parts) for name in names) + 1):
+        short = ["/".join(Path(name).parts[-parts:]) for name in names]
+        if len({*short}) == len(names):
+            return short
+    return names
 
 
 def draw(seen: dict[str, Attention], labels: list[str], path: Path) -> None:
@@ -192,14 +202,14 @@ def page(found: list[dict], args: LatentsArguments) -> str:
         used = one["latents_used"]
         for pair in one["pairs"]:
             spread = f"{min(used):.0f} to {max(used):.0f}"
-            figures = [f"{pair['largest']:.2f}", f"{pair['by_chance']:.2f}", spread]
+            figures = [f"{pair['largest']:.2f}", f"{one['by_chance']:.2f}", spread]
             rows.append([one["model"], " / ".join(pair["classes"]), *figures])
     lines = [
         "# Attention over the latents",
         "",
         f"Texts of {args.data}, up to {args.samples} a class. Separation is the difference of two classes' mean "
-        "attention in standard deviations: the largest of all heads and latents, and the mean of the largest of "
-        "shuffled labels.",
+        "attention in standard deviations: the largest of all heads and latents, beside the largest of any two "
+        "classes under shuffled labels (mean of several shuffles).",
         "",
     ]
     lines += [markdown_table(rows, 2), "", "![Attention by class](latents.png)", ""]
@@ -223,7 +233,7 @@ def main(args: LatentsArguments) -> None:
         found.append(describe(model, name, seen[name], list(labels), args))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "latents.json", {"data": args.data, "texts": len(texts), "models": found})
-    draw({Path(name).name: one for name, one in seen.items()}, list(labels), folder / "latents.png")
+    draw(dict(zip(short_names(list(seen)), seen.values())), list(labels), folder / "latents.png")
     text = page(found, args)
     (folder / "LATENTS.md").write_text(text, encoding="utf-8")
     print(text)

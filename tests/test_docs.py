@@ -34,6 +34,7 @@ NOT_RUN = {
     ".venv/bin/python train/compress/prune.py --config query-encoder": "a trained checkpoint and ../shared/data",
     ".venv/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process 2 train/distill.py --config": "data",
     ".venv/bin/python eval/run_mteb.py --model runs/all-MiniLM": "likewise; tests/eval/test_query_model.py",
+    ".venv/bin/python train/data/hold_out.py": "../shared/data; tests/train/data/test_hold_out.py",
     ".venv/bin/python eval/ablate.py poolings": "the quickstart's base and ../shared/data; tests/eval/test_ablate.py",
     "accelerate launch -m nvembed.train.stage1": "tests/test_package.py runs it with small sizes",
     ".venv/bin/python train/data/synthesize.py": "an endpoint; tests/train/data/test_synthesize.py has one of its own",

@@ -344,7 +344,7 @@ def draw_curves(history: Sequence[dict], title: str, path: Path) -> None:
     """Loss and, where the log has it, mean cosine of unrelated queries, over the steps."""
     loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     cosine = [(entry["step"], entry["mean_cosine"]) for entry in history if "mean_cosine" in entry]
-    curves = {"contrastive loss": loss} | ({"mean cosine of unrelated queries": cosine} if cosine else {})
+    curves = {"loss": loss} | ({"mean cosine of unrelated queries": cosine} if cosine else {})
     figure = Figure(figsize=(6, 2.2 * len(curves) + 0.6), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(len(curves), 1, squeeze=False)[:, 0], curves.items()):
         axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)

@@ -100,7 +100,9 @@ class LogWindow:
                     place[0], place[1] = place[0] + 1, place[1] + figure
         losses = {name: torch.stack(values).mean().item() for name, values in self.parts.items()}
         if self.last is not None:
-            losses["effective_rank"] = effective_rank(self.last[:RANKED_TEXTS])
+            # By chance, since the texts are sorted by length: long ones are passages.
+            chosen = torch.randperm(len(self.last), generator=torch.Generator().manual_seed(0))[:RANKED_TEXTS]
+            losses["effective_rank"] = effective_rank(self.last[chosen.to(self.last.device)])
         everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
         self._clear()
 

@@ -7,6 +7,7 @@ Model soups (Wortsman et al., arXiv 2203.05482), not in the paper. What was trai
 together that the average is often better than each; of different bases it is noise.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -31,7 +32,7 @@ class MergeArguments:
             raise ValueError(f"models is {self.models}; name two or more")
         if self.weights is None:
             self.weights = [1.0] * len(self.models)
-        if len(self.weights) != len(self.models) or not min(self.weights) > 0:
+        if len(self.weights) != len(self.models) or not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights is {self.weights} for {len(self.models)} models; each needs one above 0")
 
 

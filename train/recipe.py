@@ -34,6 +34,8 @@ class RecipeParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options) -> tuple:
         args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+        if "--no_in_batch_negatives" in args:  # which it was while the option was true or false
+            raise ValueError("--no_in_batch_negatives is now --in_batch_negatives false")
         if args.count("--config") > 1:
             raise ValueError(
                 "--config is given more than once; a run has one recipe, whose settings other options override"

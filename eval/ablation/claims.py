@@ -1,6 +1,5 @@
 """Which claims a grid's scores bear out: a paired t-test over seeds."""
 
-import math
 import statistics
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ class Verdict:
     Args:
         differences: better - worse of each seed, in points.
         paper: the same of the paper's scores, if the grid has them.
-        p: of no difference; None: fewer than three seeds.
+        p: of no difference; None: fewer than three seeds, or no spread between them.
     """
 
     claim: Claim
@@ -34,13 +33,15 @@ class Verdict:
     def words(self) -> str:
         if len(self.differences) < 3:
             return f"no claim: {len(self.differences)} of 3 seeds"
+        if self.p is None:
+            return "no claim: no spread between seeds"
         if self.p >= LEVEL:
             return "within noise"
         return "holds" if statistics.mean(self.differences) > 0 else "does not hold: the opposite does"
 
 
 def judge(grid: Grid, scores: dict[str, dict[str, dict[str, float]]], claim: Claim) -> Verdict:
-    """Tests one claim on the scores of `Results`."""
+    """Tests one claim on the scores of `Results.by_cell`."""
     pairs = matched(grid, claim)
     differences = []
     for seed in map(str, grid.seeds):
@@ -55,13 +56,10 @@ def judge(grid: Grid, scores: dict[str, dict[str, dict[str, float]]], claim: Cla
 
 
 def p_value(differences: list[float]) -> float | None:
-    """Of a mean of 0; None of fewer than three."""
-    if len(differences) < 3:
+    """Of a mean of 0; None of fewer than three, or of ones without any spread, which no training gives."""
+    if len(differences) < 3 or len({*differences}) == 1:
         return None
-    if len({*differences}) == 1:  # no spread: the test divides by 0
-        return 1.0 if differences[0] == 0 else 0.0
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return 1.0 if math.isnan(p) else p
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def matched(grid: Grid, claim: Claim) -> list[tuple[str, str]]:

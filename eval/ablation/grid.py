@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import combinations, product
+from dataclasses import dataclass, field, fields
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import yaml
@@ -22,6 +22,7 @@ SCRIPTS = {
     "center": "train/center.py",
 }
 WITHOUT_RECIPE = ("init",)
+OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 KEYS = {
     "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
@@ -99,7 +100,7 @@ class Grid:
         minutes: step -> how long it takes, for the estimate; `measure` among them.
         paper: cell, as "value, value" -> the paper's score.
         merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
-        zero_shot: cell -> the task whose own training split it leaves out; the cells beside them see all.
+        zero_shot: cell -> the tasks whose own training splits it leaves out; the one cell beside them sees all.
     """
 
     file: Path
@@ -118,7 +119,7 @@ class Grid:
     paper: dict[str, float] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     merge_seeds: bool = False
-    zero_shot: dict[str, str] = field(default_factory=dict)
+    zero_shot: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Grid":
@@ -141,12 +142,19 @@ class Grid:
                 raise ValueError(f"{file} lacks {key}; see eval/ablations/ for grids")
         content["recipe"] = find_file(file, content["recipe"])
         tasks = content["tasks"] if isinstance(content["tasks"], list) else [content["tasks"]]
-        content["tasks"] = [str(find_file(file, task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+        content["tasks"] = [
+            str(find_file(file, task)) if str(task).endswith((".yaml", ".yml")) else str(task) for task in tasks
+        ]
         content["axes"] = {
-            str(axis): {str(name): change or {} for name, change in (values or {}).items()}
-            for axis, values in content["axes"].items()
+            str(axis): {str(name): change or {} for name, change in mapping(values, f"{file}: axis {axis}").items()}
+            for axis, values in mapping(content["axes"], f"{file}: axes").items()
         }
-        content["claims"] = [Claim(**claim) for claim in content.get("claims", [])]
+        content["options"] = mapping(content.get("options", {}), f"{file}: options")
+        for place, options in content["options"].items():
+            mapping(options, f"{file}: options: {place}")
+        zero_shot = mapping(content.get("zero_shot", {}), f"{file}: zero_shot")
+        content["zero_shot"] = {str(cell): as_list(tasks) for cell, tasks in zero_shot.items()}
+        content["claims"] = [read_claim(file, claim) for claim in content.get("claims", [])]
         content.setdefault("steps", ["init", "stage1", "stage2"])
         content.setdefault("seeds", [42, 43, 44])
         grid = cls(file, **content)
@@ -154,36 +162,71 @@ class Grid:
         return grid
 
     def check(self) -> None:
-        """Raises the `ValueError`s of `read` that concern the axes."""
+        """Raises the `ValueError`s of `read` that concern what it holds."""
+        check_seeds(self.seeds)
         for axis, values in self.axes.items():
             if not values:
-                raise ValueError(
-                    f"{self.file}: axis {axis} has no values; it must map their names to what each changes"
-                )
+                raise ValueError(f"{self.file}: axis {axis} has no values; map their names to what each changes")
             for name, change in values.items():
-                for key in change:
-                    if key not in SCRIPTS and key not in RESERVED:
-                        raise ValueError(
-                            f"{self.file}: {axis}: {name} changes {key!r}; it must be a step ({', '.join(SCRIPTS)}), "
-                            f"with its options, or {' or '.join(RESERVED)}"
-                        )
+                self._check_change(f"{axis}: {name}", mapping(change, f"{self.file}: {axis}: {name}"))
+        self._check_change("options", self.options)
+        if self.start is not None and "init" in self.steps:
+            raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
         for (one, first), (other, second) in combinations(self.axes.items(), 2):
             both = {place for change in first.values() for place in places(change)}
             if shared := both & {place for change in second.values() for place in places(change)}:
                 raise ValueError(f"{self.file}: axes {one} and {other} both set {min(shared)}; let one of them set it")
-        for step in {*self.steps, *(step for change in self.changes() for step in change.get("steps", ()))}:
-            if step not in SCRIPTS:
-                raise ValueError(f"{self.file}: there is no step {step!r}; the steps are {', '.join(SCRIPTS)}")
-        cells = {cell_name(cell) for cell in self.cells()}
+        names = [cell_name(cell) for cell in self.cells()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{self.file}: two cells are called {twice[0]!r}; give their values other names")
+        for cell in self.cells():
+            self._check_cell(cell)
         for key, named in (("paper", self.paper), ("zero_shot", self.zero_shot)):
-            if unknown := named.keys() - cells:
-                raise ValueError(
-                    f"{self.file}: {key} has {min(unknown)!r}, which is no cell; cells are {sorted(cells)}"
-                )
+            if unknown := named.keys() - {*names}:
+                known = ", ".join(sorted(names))
+                raise ValueError(f"{self.file}: {key} has {min(unknown)!r}, which is no cell; cells are {known}")
+        if self.zero_shot and len(names) != len(self.zero_shot) + 1:
+            raise ValueError(f"{self.file}: zero_shot must have all cells but one, the one that sees all sets")
+        scores = known_scores(self.tasks)
+        for score in [*chain(*self.zero_shot.values()), *(claim.score for claim in self.claims)]:
+            if scores and score not in scores:
+                raise ValueError(f"{self.file} names the score {score!r}; the tasks give {', '.join(sorted(scores))}")
         for claim in self.claims:
             for axis, value in [*claim.better.items(), *claim.worse.items()]:
                 if value not in self.axes.get(axis, {}):
                     raise ValueError(f"{self.file}: claim {claim.text!r} names {axis}: {value}, which is no value")
+            if claim.better.keys() != claim.worse.keys() or claim.better == claim.worse:
+                raise ValueError(
+                    f"{self.file}: claim {claim.text!r} must name other values of the same axes as better and worse"
+                )
+
+    def _check_change(self, where: str, change: Mapping) -> None:
+        for key, options in change.items():
+            if key not in SCRIPTS and (key not in RESERVED or where == "options"):
+                raise ValueError(
+                    f"{self.file}: {where} changes {key!r}; it must be a step ({', '.join(SCRIPTS)}), with its "
+                    f"options, or, of an axis's value, {' or '.join(RESERVED)}"
+                )
+            if key in SCRIPTS:
+                for name, value in mapping(options, f"{self.file}: {where}: {key}").items():
+                    if name in OWN_OPTIONS:
+                        raise ValueError(f"{self.file}: {where}: {key} sets {name}, which the grid sets itself")
+                    if value is None or value == [] or isinstance(value, dict):
+                        raise ValueError(f"{self.file}: {where}: {key}: {name} is {value!r}, which no command line has")
+
+    def _check_cell(self, cell: tuple[tuple[str, str], ...]) -> None:
+        """That its steps exist, and that all its options are of steps that it runs."""
+        steps = self._steps(cell)
+        if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in SCRIPTS]):
+            wrong = unknown[0] if isinstance(steps, list) and steps else steps
+            raise ValueError(f"{self.file}: there is no step {wrong!r}; the steps are {', '.join(SCRIPTS)}")
+        for axis, value in cell:
+            if idle := self.axes[axis][value].keys() - {*RESERVED, *steps}:
+                raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")
+
+    def _steps(self, cell: tuple[tuple[str, str], ...]) -> list[str]:
+        changes = (self.axes[axis][value] for axis, value in cell)
+        return next((change["steps"] for change in changes if "steps" in change), self.steps)
 
     def changes(self) -> Iterator[dict]:
         for values in self.axes.values():
@@ -196,19 +239,59 @@ class Grid:
         """Every cell of the first seed, then of the next: a grid that is stopped early has compared something."""
         return [Run(cell, seed, self._last_step(cell, seed)) for seed in self.seeds for cell in self.cells()]
 
-    def _last_step(self, cell, seed: int) -> Step:
+    def _last_step(self, cell: tuple[tuple[str, str], ...], seed: int) -> Step:
         changes = [self.axes[axis][value] for axis, value in cell]
-        steps, recipe, last = self.steps, self.recipe, None
+        recipe, last = self.recipe, None
         for change in changes:
-            steps = change.get("steps", steps)
             recipe = find_file(self.file, change["recipe"]) if "recipe" in change else recipe
-        for step in steps:
+        for step in self._steps(cell):
             options = {"seed": seed} | self.options.get(step, {})
             for change in changes:
                 options |= change.get(step, {})
             spelled = tuple(part for name, value in options.items() for part in spell(name, value))
             last = Step(step, spelled, None if step in WITHOUT_RECIPE else recipe, last)
         return last
+
+
+def mapping(value: object, name: str) -> dict:
+    """The value, if it is a mapping.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}; it must be a mapping")
+    return value
+
+
+def read_claim(file: Path, entry: object) -> Claim:
+    known = [field.name for field in fields(Claim)]
+    content = mapping(entry, f"{file}: a claim")
+    if content.keys() - {*known} or {"text", "better", "worse"} - content.keys():
+        raise ValueError(f"{file}: claim {entry!r} must have text, better, worse, and maybe score")
+    for side in ("better", "worse"):
+        values = mapping(content[side], f"{file}: claim {content['text']!r}: {side}")
+        content = content | {side: {str(axis): str(value) for axis, value in values.items()}}
+    return Claim(**content)
+
+
+def known_scores(tasks: list[str]) -> set[str]:
+    """The names of the scores that tasks give, and "average"; nothing if some are mteb's, whose names come later."""
+    names = {"average"}
+    for task in tasks:
+        if not Path(task).is_file():
+            return set()
+        entries = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["tasks"]
+        names |= {entry.get("name") or Path(entry["path"]).name for entry in entries}
+    return names
+
+
+def check_seeds(seeds: object) -> None:
+    """Raises a `ValueError` unless they are different numbers: a seed twice would be one training twice."""
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds is {seeds!r}; it must be a list of numbers")
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds is {seeds}; each must be another")
 
 
 def find_grid(path: str) -> Path:
@@ -272,17 +355,47 @@ def check_options(grid: Grid) -> None:
             raise ValueError(f"{grid.file}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
 
 
-def data_of(recipe: Path) -> dict[str, str]:
-    """SHA-256 of the local files that a recipe's sets name, by path."""
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+def data_of(file: Path) -> dict[str, str]:
+    """SHA-256 of the local files that a recipe's sets, or a tasks file's tasks, name: by file and path."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
     parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    entries = [entry for part in parts for entry in part.get("datasets", ()) if isinstance(entry, dict)]
+    folder = next((part["data_dir"] for part in parts if part.get("data_dir")), None)
     digests = {}
-    for name in {entry["path"] for entry in entries if "path" in entry}:
-        path = recipe.parent / Path(name).expanduser()
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        digests |= {str(Path(name, file.relative_to(path))): sha256(file) for file in files if file.is_file()}
+    for entry in (entry for part in parts for key in ("datasets", "tasks") for entry in as_list(part.get(key))):
+        name = entry if isinstance(entry, str) else entry.get("path")
+        if name is None and folder is not None and entry.get("set"):
+            name = str(Path(folder).absolute() / entry["set"])  # what build_data.py wrote
+        if name is not None and (path := file.parent / Path(name).expanduser()).exists():
+            digests |= {f"{file.name}: {key}": digest for key, digest in digest_path(path, name).items()}
     return digests
+
+
+def as_list(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def digest_path(path: Path, name: str) -> dict[str, str]:
+    """SHA-256 of a file, or of all files of a folder, by their names."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(Path(name, file.relative_to(path))): sha256(file) for file in files if file.is_file()}
+
+
+def made_of(grid: Grid) -> dict:
+    """What decides a grid's scores beside its options, which are in the keys of its runs, and the code.
+
+    Recipes' and tasks' data, what options name on disk (a base), the tasks, and how they are measured.
+    """
+    runs = grid.runs()
+    steps = [step for run in runs for step in run.last.chain]
+    files = {step.recipe for step in steps if step.recipe is not None} | {Path(task) for task in grid.tasks}
+    known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
+    known["files"] = {}
+    for file in sorted(file for file in files if file.is_file()):
+        known["files"] |= {file.name: sha256(file)} | data_of(file)
+    for value in sorted({part for step in steps for part in step.options} | ({grid.start} - {None})):
+        if "/" in value and Path(value).exists():
+            known["files"] |= digest_path(Path(value), value)
+    return known
 
 
 def code_digest() -> str:

@@ -12,21 +12,25 @@ from nvembed.eval.ablation.runner import MERGED, Results
 from nvembed.eval.markdown_table import markdown_table
 
 
-def section(grid: Grid, results: Results, picture: str, output_dir: Path) -> str:
-    """Markdown; `picture` is the chart's path as the page sees it."""
+Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score
+
+
+def section(grid: Grid, results: Results, picture: str, command: str) -> str:
+    """Markdown; `picture` is the chart's path as the page sees it, `command` what one types to make the section."""
+    table = results.by_cell(grid)
     hours = sum(results.seconds.values()) / 3600
     digests = sorted({*results.code.values()})
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
-    lines += [markdown_table(score_rows(grid, results), len(grid.axes)), ""]
+    lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
     lines.append(
         "Scores in percent: the mean over seeds ± their standard deviation (seeds)."
         + (" The paper's are averages of 56 tasks of MTEB, of a model of 7 B." if grid.paper else "")
     )
     if grid.zero_shot:
-        lines += ["", markdown_table(zero_shot_rows(grid, results), 1), ""]
+        lines += ["", markdown_table(zero_shot_rows(grid, table), 1), ""]
         lines.append("Zero-shot: the task's own training split was left out, all others were trained on.")
     if grid.claims:
-        verdicts = [judge(grid, results.scores, claim) for claim in grid.claims]
+        verdicts = [judge(grid, table, claim) for claim in grid.claims]
         lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
     lines += ["", f"![{grid.title}: score of each cell]({picture})", ""]
     if results.failed:
@@ -34,20 +38,21 @@ def section(grid: Grid, results: Results, picture: str, output_dir: Path) -> str
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
         lines.append("")
     lines.append(
-        f"`python eval/ablate.py {grid.file.stem} --output_dir {output_dir}`; {hours:.1f} hours of commands, "
-        f"{date.today()}, code {', '.join(digests) or '-'}. Each run's commands are in {output_dir}/commands.txt."
+        f"`{command}`; {hours:.1f} hours of commands, {date.today()}, code {', '.join(digests) or '-'}. The commands "
+        "of each run are in commands.txt there."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def score_rows(grid: Grid, results: Results) -> list[list[str]]:
+def score_rows(grid: Grid, table: Table) -> list[list[str]]:
     """Header and one row a cell."""
-    tasks = [name for name in next(iter(numbered(results)), {}) if name != "average"]
-    has_merged = any(MERGED in one for one in results.scores.values())
+    first = next((score for one in table.values() for score in one.values()), {})
+    tasks = [name for name in first if name != "average"]
+    has_merged = any(MERGED in one for one in table.values())
     header = [*grid.axes, "average", *tasks, *(["seeds merged"] if has_merged else [])]
     rows = [header + (["paper"] if grid.paper else [])]
     for cell in grid.cells():
-        scores = results.scores.get(cell_name(cell), {})
+        scores = table[cell_name(cell)]
         by_seed = [score for seed, score in scores.items() if seed != MERGED]
         row = [value for _, value in cell] + [shown([one["average"] for one in by_seed], with_count=True)]
         row += [shown([one[task] for one in by_seed]) for task in tasks]
@@ -60,25 +65,21 @@ def score_rows(grid: Grid, results: Results) -> list[list[str]]:
     return rows
 
 
-def zero_shot_rows(grid: Grid, results: Results) -> list[list[str]]:
+def zero_shot_rows(grid: Grid, table: Table) -> list[list[str]]:
     """Header, one row a task, and the averages: of the cell that sees all sets, and of those without the task's own."""
     (seeing,) = [cell_name(cell) for cell in grid.cells() if cell_name(cell) not in grid.zero_shot]
     rows = [["task", "seen", "zero-shot"]]
     seen, unseen = {}, {}
-    for cell, task in grid.zero_shot.items():
-        for kind, name in ((seen, seeing), (unseen, cell)):
-            by_seed = {seed: one[task] for seed, one in results.scores.get(name, {}).items() if seed != MERGED}
-            kind[task] = by_seed
-        rows.append([task, shown(list(seen[task].values())), shown(list(unseen[task].values()))])
+    for cell, tasks in grid.zero_shot.items():
+        for task in tasks:
+            for kind, name in ((seen, seeing), (unseen, cell)):
+                kind[task] = {seed: one[task] for seed, one in table[name].items() if seed != MERGED}
+            rows.append([task, shown(list(seen[task].values())), shown(list(unseen[task].values()))])
     averages = []
     for kind in (seen, unseen):
         seeds = set.intersection(*(set(by_seed) for by_seed in kind.values()))
         averages.append(shown([statistics.mean(by_seed[seed] for by_seed in kind.values()) for seed in sorted(seeds)]))
     return [*rows, ["average", *averages]]
-
-
-def numbered(results: Results) -> list[dict[str, float]]:
-    return [score for one in results.scores.values() for seed, score in one.items() if seed != MERGED]
 
 
 def shown(scores: list[float], with_count: bool = False) -> str:
@@ -102,11 +103,11 @@ def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
 
 def draw(grid: Grid, results: Results, path: Path) -> None:
     """The averages of every cell: one dot a seed, a bar at their mean."""
-    cells = [cell_name(cell) for cell in grid.cells()]
+    cells, table = [cell_name(cell) for cell in grid.cells()], results.by_cell(grid)
     figure = Figure(figsize=(7, 0.8 + 0.33 * len(cells)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(cells):
-        scores = [one["average"] for seed, one in results.scores.get(name, {}).items() if seed != MERGED]
+        scores = [one["average"] for seed, one in table[name].items() if seed != MERGED]
         if scores:
             axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color="#D55E00", linewidth=2)
             axes.plot(scores, [place] * len(scores), "o", color="#0072B2", markersize=5, alpha=0.8)

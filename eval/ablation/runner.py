@@ -1,29 +1,34 @@
 """Runs a grid's commands, several at a time, and keeps every result as it comes."""
 
+import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 
 import torch
+from filelock import FileLock, Timeout
 
-from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, cell_name, code_digest, data_of
+from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, cell_name, code_digest, made_of
 from nvembed.eval.commands import TRAININGS, make_checkpoint, score
-from nvembed.eval.files import sha256, write_json
-from nvembed.eval.models import digest_model
+from nvembed.eval.files import write_json
 
 
 STATE = "grid.json"
-MERGED = "merged"  # in place of a seed
-FAILURES = (subprocess.CalledProcessError, ValueError, OSError)  # of a run, which do not end the others
+MERGED = "merged"  # in place of a seed, and what begins the key of a mean of checkpoints
 MEASURING = ":scores"  # behind the key of the step that is measured
+FAILURES = (subprocess.CalledProcessError, ValueError, OSError)  # of a run, which do not end the others
+ERROR = re.compile(r"^(\w+(\.\w+)*(Error|Exception|Interrupt)|[a-z_0-9]+(\.py)?): ")  # a line that says what went wrong
 
 
 @dataclass
@@ -31,25 +36,69 @@ class Results:
     """What a grid has given so far, as `grid.json` keeps it.
 
     Args:
-        made_of: recipes, data and tasks; results of others are not mixed in.
-        scores: cell -> seed, as text, or "merged" -> task -> score in percent, "average" among them.
+        made_of: recipes, data and tasks (`grid.made_of`); results of others are not mixed in.
+        scores: key of a run's last step, or of a mean of checkpoints -> task -> score in percent, and "average".
+        seconds: key of a step, or of a measurement -> how long it took, failed attempts included.
+        code: key of a step, or of a measurement -> digest of the code that made it.
         failed: cell -> seed -> why.
-        seconds: folder of a step, or of a measurement -> how long it took.
-        code: folder of a step, or of a measurement -> digest of the code that made it.
     """
 
     made_of: dict
-    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def missing(self, grid: Grid) -> list[Run]:
         """The runs without scores."""
-        return [run for run in grid.runs() if str(run.seed) not in self.scores.get(cell_name(run.cell), {})]
+        return [run for run in grid.runs() if run.last.key not in self.scores]
+
+    def by_cell(self, grid: Grid) -> dict[str, dict[str, dict[str, float]]]:
+        """Cell -> seed, as text, or "merged" -> scores, of this grid's cells and seeds."""
+        table: dict[str, dict[str, dict[str, float]]] = {cell_name(cell): {} for cell in grid.cells()}
+        for run in grid.runs():
+            if run.last.key in self.scores:
+                table[cell_name(run.cell)][str(run.seed)] = self.scores[run.last.key]
+        for name, key in merged_keys(grid).items():
+            if key in self.scores:
+                table[name][MERGED] = self.scores[key]
+        return table
 
     def save(self, folder: Path) -> None:
         write_json(folder / STATE, self.__dict__)
+
+
+def lasts_of(grid: Grid) -> dict[str, list[Step]]:
+    """The last steps of each cell's runs, a seed each, by the cell's name."""
+    lasts: dict[str, list[Step]] = {}
+    for run in grid.runs():
+        lasts.setdefault(cell_name(run.cell), []).append(run.last)
+    return lasts
+
+
+def merged_keys(grid: Grid) -> dict[str, str]:
+    """The keys of the means of each cell's seeds, by the cell's name; none if the grid does not ask for them."""
+    if not grid.merge_seeds or len(grid.seeds) < 2:
+        return {}
+    keys = {name: json.dumps([step.key for step in steps]) for name, steps in lasts_of(grid).items()}
+    return {name: f"{MERGED}-{hashlib.sha256(text.encode()).hexdigest()[:10]}" for name, text in keys.items()}
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a grid's folder.
+
+    Raises:
+        ValueError: another one runs in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another ablate.py runs in {folder}: wait for it, or name another output_dir") from None
+    with lock:
+        yield
 
 
 def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
@@ -58,28 +107,22 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
     Raises:
         ValueError: they were made from other data, recipes or tasks, or, without `mix_revisions`, by other code.
     """
-    recipes = {run.last.recipe for run in grid.runs()} | {grid.recipe}
-    made_of = {"data": {}, "recipes": {}, "tasks": {}, "max_length": grid.max_length, "dtype": grid.dtype}
-    for recipe in sorted(recipe for recipe in recipes if recipe is not None):
-        made_of["recipes"][recipe.name] = sha256(recipe)
-        made_of["data"] |= data_of(recipe)
-    made_of["tasks"] = {Path(task).name: sha256(Path(task)) for task in grid.tasks if Path(task).is_file()}
-    if grid.start is not None:
-        made_of["start"] = digest_model(Path(grid.start)) if Path(grid.start).is_dir() else grid.start
-    file = folder / STATE
+    now, file = made_of(grid), folder / STATE
     if not file.is_file():
-        return Results(made_of)
+        return Results(now)
     results = Results(**json.loads(file.read_text(encoding="utf-8")))
-    for name in made_of.keys() | results.made_of.keys():
-        was, now = results.made_of.get(name), made_of.get(name)
-        if was != now:
-            if isinstance(was, dict) and isinstance(now, dict):
-                name += f" {next(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))}"
-            raise ValueError(f"{folder} has results of other {name}: name another output_dir, or remove this one")
-    before = {*results.code.values()}
-    if before - {code_digest()} and not mix_revisions:
+    for name, was in results.made_of.items():
+        if name == "files":  # other axes may name other files; the same ones must have the same contents
+            changed = [path for path, digest in was.items() if now["files"].get(path, digest) != digest]
+            if changed:
+                raise ValueError(f"{folder} has results of another {changed[0]}: name another output_dir")
+        elif was != now[name]:
+            raise ValueError(f"{folder} has results of {name} {was!r}, not {now[name]!r}: name another output_dir")
+    results.made_of["files"] |= now["files"]
+    others = {*results.code.values()} - {code_digest()}
+    if others and not mix_revisions:
         raise ValueError(
-            f"{folder} has results of other code ({', '.join(sorted(before))}; this is {code_digest()}): name another "
+            f"{folder} has results of other code ({', '.join(sorted(others))}; this is {code_digest()}): name another "
             "output_dir, or say --mix_revisions, and the table will say so, too"
         )
     return results
@@ -103,71 +146,82 @@ class Runner:
         for environment in environments(self.jobs):
             self.places.put(environment)
 
-    def folder_of(self, step: Step) -> Path:
-        return self.folder / "runs" / step.key
+    def folder_of(self, key: str) -> Path:
+        return self.folder / "runs" / key
 
     def run(self) -> None:
-        """Every step once its base is there, every measurement once its checkpoint is; what fails is kept, too."""
+        """Every step once its base is there, every measurement once its checkpoint is; what fails is kept, too.
+
+        Threads wait for the commands; all that is known is written by this one.
+        """
         self.results.failed = {}
         runs = self.results.missing(self.grid)
-        done, broken = set(), {}  # keys of steps
+        done, broken = set(), {}  # keys of steps that are there, and why others are not
+        working = {}  # futures and their jobs
         with ThreadPoolExecutor(self.jobs) as pool:
-            working = {}
             while runs or working:
                 for run in list(runs):
-                    if len(working) == self.jobs:
-                        break
                     missing = [step for step in run.last.chain if step.key not in done]
                     if blame := next((broken[step.key] for step in missing if step.key in broken), None):
-                        self._fail(run, blame)
+                        self._fail(cell_name(run.cell), str(run.seed), blame)
                         runs.remove(run)
-                    elif not missing:
+                    elif len(working) < self.jobs and not missing:
                         runs.remove(run)
-                        key = run.last.key + MEASURING
-                        working[pool.submit(self._timed, key, self._measure, run)] = run
-                        self._claim(key)
-                    elif (step := missing[0]).key not in {job.key for job in working.values() if isinstance(job, Step)}:
-                        working[pool.submit(self._timed, step.key, self._make, step)] = step
-                        self._claim(step.key)
-                if not working:
-                    continue
-                for future in wait(working, return_when=FIRST_COMPLETED).done:
-                    job, error = working.pop(future), future.exception()
-                    if error is not None and not isinstance(error, FAILURES):
-                        raise error
-                    if isinstance(job, Step) and error is None:
-                        done.add(job.key)
-                    elif isinstance(job, Step):
-                        broken[job.key] = self._reason(job.key, error)
-                    elif error is not None:
-                        self._fail(job, self._reason(f"{job.last.key}-scores", error))
+                        working[self._submit(pool, run.last.key + MEASURING, self._measure, run.last.key)] = run
+                    elif len(working) < self.jobs and missing[0] not in working.values():
+                        working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
+                for future in wait(working, return_when=FIRST_COMPLETED).done if working else ():
+                    job = working.pop(future)
+                    if isinstance(job, Step):
+                        _, error = self._take(future, job.key)
+                        done |= {job.key} if error is None else set()
+                        broken |= {job.key: error} if error is not None else {}
+                    else:
+                        found, error = self._take(future, job.last.key + MEASURING)
+                        if error is None:
+                            self.results.scores[job.last.key] = found
+                        else:
+                            self._fail(cell_name(job.cell), str(job.seed), error)
                     self.results.save(self.folder)
-        if self.grid.merge_seeds:
-            self._merge()
+            self._merge(pool)
         self.results.save(self.folder)
 
-    def _claim(self, key: str) -> None:
-        """Notes the code that makes something before it is made: a training that is stopped goes on later."""
-        self.results.code.setdefault(key, code_digest())
-        self.results.save(self.folder)
+    def _submit(self, pool: ThreadPoolExecutor, key: str, work, *arguments):
+        """Starts a job, noting the code that does it: a training that is stopped goes on later."""
+        if not (self.folder_of(key) / "config.json").is_file():
+            self.results.code[key] = code_digest()
+            self.results.save(self.folder)
+        return pool.submit(self._timed, work, *arguments)
 
-    def _timed(self, key: str, work, *arguments) -> None:
+    def _timed(self, work, *arguments) -> tuple[object, Exception | None, float]:
+        """(Result, error, seconds) of a job in one of the places."""
         environment, start = self.places.get(), time.perf_counter()
+        result, error = None, None
         try:
-            is_new = work(*arguments, environment)
+            result = work(*arguments, environment)
+        except FAILURES as caught:
+            error = caught
         finally:
             self.places.put(environment)
-        if is_new:
-            self.results.seconds[key] = self.results.seconds.get(key, 0.0) + time.perf_counter() - start
+        return result, error, time.perf_counter() - start
 
-    def _make(self, step: Step, environment: dict[str, str]) -> bool:
-        """Whether there was anything to do."""
-        folder = self.folder_of(step)
+    def _take(self, future, key: str) -> tuple[object, str | None]:
+        """A job's result, or why there is none."""
+        result, error, seconds = future.result()
+        if result is not None or error is not None:
+            self.results.seconds[key] = self.results.seconds.get(key, 0.0) + seconds
+        return result, None if error is None else self._reason(key, error)
+
+    def _make(self, step: Step, environment: dict[str, str]) -> bool | None:
+        """Makes a step's checkpoint; None if it was there."""
+        return self._checkpoint(step.key, SCRIPTS[step.name], self.arguments(step), environment)
+
+    def _checkpoint(self, key: str, script: str, arguments: list[str], environment: dict[str, str]) -> bool | None:
+        folder = self.folder_of(key)
         if (folder / "config.json").is_file():
-            return False
-        with self._log(step.key) as log:
-            options = {"stdout": log, "stderr": log, "env": environment}
-            make_checkpoint(folder, SCRIPTS[step.name], self.arguments(step), {}, **options)
+            return None
+        with self._log(key) as log:
+            make_checkpoint(folder, script, arguments, {}, stdout=log, stderr=log, env=environment)
         for checkpoint in folder.glob("checkpoint-*"):  # nothing needs them once the merged one is written
             shutil.rmtree(checkpoint)
         return True
@@ -175,86 +229,103 @@ class Runner:
     def arguments(self, step: Step) -> list[str]:
         """The script's, but `--output_dir`."""
         arguments = [] if step.recipe is None else ["--config", str(step.recipe)]
-        base = self.grid.start if step.before is None else str(self.folder_of(step.before))
+        base = self.grid.start if step.before is None else str(self.folder_of(step.before.key))
         if step.name != "init" and base is not None:
             arguments += ["--model_name_or_path", base]
         return [*arguments, *step.options]
 
-    def commands(self, run: Run) -> list[str]:
-        """What one would type to make and measure a run."""
-        lines = []
-        for step in run.last.chain:
-            start = "accelerate launch" if Path(SCRIPTS[step.name]).name in TRAININGS else "python"
-            parts = [SCRIPTS[step.name], *self.arguments(step), "--output_dir", str(self.folder_of(step))]
-            lines.append(f"{start} {' '.join(parts)}")
+    def merging(self, name: str) -> list[str]:
+        """The arguments of train/merge.py for a cell."""
+        return ["--models", *(str(self.folder_of(step.key)) for step in lasts_of(self.grid)[name])]
+
+    def commands(self) -> dict[str, list[str]]:
+        """What one would type, by what it makes: a cell of a seed, or a mean of seeds."""
+        lines = {}
+        for run in self.grid.runs():
+            own = [self._command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
+            lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, self._measuring(run.last.key)]
+        for name, key in merged_keys(self.grid).items():
+            own = self._command("train/merge.py", self.merging(name), self.folder_of(key))
+            lines[f"{name}, seeds merged"] = [own, self._measuring(key)]
         return lines
 
-    def _measure(self, run: Run, environment: dict[str, str]) -> bool:
-        self.results.scores.setdefault(cell_name(run.cell), {})[str(run.seed)] = self._score(
-            self.folder_of(run.last), run.last.key, environment
-        )
-        return True
+    def _command(self, script: str, arguments: list[str], output_dir: Path) -> str:
+        start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
+        return shlex.join([*start, script, *arguments, "--output_dir", str(output_dir)])
 
-    def _score(self, checkpoint: Path, name: str, environment: dict[str, str]) -> dict[str, float]:
-        options = ("--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype)
-        with self._log(f"{name}-scores") as log:
+    def _measuring(self, key: str) -> str:
+        arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options]
+        return self._command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
+
+    @property
+    def _options(self) -> list[str]:
+        return ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
+
+    def _measure(self, key: str, environment: dict[str, str]) -> dict[str, float]:
+        with self._log(key + MEASURING) as log:
             where = {"stdout": log, "stderr": log, "env": environment}
-            return score(str(checkpoint), self.grid.tasks, self.folder / "scores" / name, *options, **where)
+            folder = self.folder / "scores" / key
+            return score(str(self.folder_of(key)), self.grid.tasks, folder, *self._options, **where)
 
-    def _merge(self) -> None:
-        """Measures the mean of each cell's seeds."""
-        for cell in self.grid.cells():
-            scores = self.results.scores.get(cell_name(cell), {})
-            lasts = [run.last for run in self.grid.runs() if run.cell == cell and str(run.seed) in scores]
-            if MERGED in scores or len(lasts) < max(2, len(self.grid.seeds)):
+    def _merge(self, pool: ThreadPoolExecutor) -> None:
+        """Makes and measures the mean of each cell's seeds, where all of them are there."""
+        for name, key in merged_keys(self.grid).items():
+            if key in self.results.scores or len(self.results.by_cell(self.grid)[name]) < len(self.grid.seeds):
                 continue
-            name = f"{MERGED}-{'-'.join(last.key.split('-')[1][:4] for last in lasts)}"
-            environment = self.places.get()
-            try:
-                with self._log(name) as log:
-                    where = {"stdout": log, "stderr": log, "env": environment}
-                    models = ["--models", *(str(self.folder_of(last)) for last in lasts)]
-                    make_checkpoint(self.folder / "runs" / name, "train/merge.py", models, {}, **where)
-                scores[MERGED] = self._score(self.folder / "runs" / name, name, environment)
-            except FAILURES as error:
-                self.results.failed.setdefault(cell_name(cell), {})[MERGED] = self._reason(name, error)
-            finally:
-                self.places.put(environment)
+            making = self._submit(pool, key, self._checkpoint, key, "train/merge.py", self.merging(name))
+            found, error = self._take(making, key)
+            if error is None:
+                found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key), key + MEASURING)
+            if error is None:
+                self.results.scores[key] = found
+            else:
+                self._fail(name, MERGED, error)
             self.results.save(self.folder)
 
-    def _log(self, name: str):
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        return (self.folder / "logs" / f"{name}.log").open("a", encoding="utf-8")
+    def _log(self, key: str):
+        """The file that a command's output goes to; an earlier attempt's is replaced."""
+        path = self._log_path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
 
-    def _reason(self, name: str, error: Exception) -> str:
-        """In one line: the last of a command's log."""
-        log = self.folder / "logs" / f"{name}.log"
+    def _log_path(self, key: str) -> Path:
+        return self.folder / "logs" / f"{key.replace(':', '-')}.log"
+
+    def _reason(self, key: str, error: Exception) -> str:
+        """What went wrong, in one line, and where to read more."""
+        log = self._log_path(key)
         if not isinstance(error, subprocess.CalledProcessError) or not log.is_file():
             return str(error)
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if "Error" in line or line.startswith(("stage", "run_mteb", "init", "center"))]
-        return f"{(told or lines or ['no output'])[-1].strip()[:300]} ({log})"
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        told = [line for line in lines if ERROR.match(line)] or [line for line in lines if line] or ["no output"]
+        return f"{told[-1][:300]} ({log})"
 
-    def _fail(self, run: Run, reason: str) -> None:
-        self.results.failed.setdefault(cell_name(run.cell), {})[str(run.seed)] = reason
+    def _fail(self, name: str, seed: str, reason: str) -> None:
+        self.results.failed.setdefault(name, {})[seed] = reason
 
 
 def environments(jobs: int) -> Iterator[dict[str, str]]:
     """The environments of commands that run beside each other: a GPU each, or a share of the cores."""
     cores = max(1, (os.cpu_count() or 1) // jobs)
+    devices = visible_devices()
     for job in range(jobs):
-        if torch.cuda.is_available():
-            yield os.environ | {"CUDA_VISIBLE_DEVICES": str(job)}
+        if devices:
+            yield os.environ | {"CUDA_VISIBLE_DEVICES": devices[job]}
         else:
             yield os.environ | ({"OMP_NUM_THREADS": str(cores)} if jobs > 1 else {})
 
 
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return asked.split(",")[:count] if asked else [str(number) for number in range(count)]
+
+
 def check_jobs(jobs: int) -> None:
     """Raises a `ValueError` if there are more jobs than GPUs, or than cores."""
-    if torch.cuda.is_available():
-        most, of = torch.cuda.device_count(), "GPUs"
-    else:
-        most, of = os.cpu_count() or 1, "cores"
+    devices = len(visible_devices())
+    most, of = (devices, "GPUs") if devices else (os.cpu_count() or 1, "cores")
     if not 1 <= jobs <= most:
         raise ValueError(f"jobs is {jobs}; it must be 1 to {most}, the number of {of}")
 
@@ -263,15 +334,16 @@ def estimate(grid: Grid, results: Results) -> list[tuple[str, int, float | None]
     """(Step, how many are missing, minutes of each): by what was measured, else by the grid's `minutes`."""
     runs = results.missing(grid)
     steps = {step.key: step for run in runs for step in run.last.chain if step.key not in results.seconds}
-    counts = {"measure": len(runs)}
-    for step in steps.values():
-        counts[step.name] = counts.get(step.name, 0) + 1
-    rows = []
+    merges = [key for key in merged_keys(grid).values() if key not in results.scores]
+    counts = {"measure": len(runs) + len(merges)}
+    for name in (*(step.name for step in steps.values()), *([MERGED] * len(merges))):
+        counts[name] = counts.get(name, 0) + 1
     measured: dict[str, list[float]] = {}
     for key, seconds in results.seconds.items():
         name = "measure" if key.endswith(MEASURING) else key.split("-")[0]
         measured.setdefault(name, []).append(seconds / 60)
-    for name in sorted(counts, key=[*SCRIPTS, "measure"].index):
+    rows = []
+    for name in sorted(counts, key=[*SCRIPTS, MERGED, "measure"].index):
         minutes = statistics.mean(measured[name]) if name in measured else grid.minutes.get(name)
         rows.append((name, counts[name], minutes))
     return rows

@@ -46,5 +46,7 @@ class LabelledArguments:
         rng, chosen = random.Random(self.seed), []
         for label in sorted(classes):
             texts = [text for text, own in labels.items() if own == label and text.strip()]
+            if len(texts) < 2:
+                raise ValueError(f"{self.data} has {len(texts)} text of class {label!r}; each class needs two")
             chosen += [(text, label) for text in rng.sample(texts, min(self.samples, len(texts)))]
         return chosen

@@ -2,18 +2,33 @@
 
 import json
 import math
+import os
+import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from nvembed.eval.ablation.claims import judge, p_value
 from nvembed.eval.ablation.grid import Claim, Grid, check_options, find_grid
-from nvembed.eval.ablation.page import put_section, section
-from nvembed.eval.ablation.runner import Results, Runner, check_jobs, estimate, open_results
+from nvembed.eval.ablation.page import put_section, section, zero_shot_rows
+from nvembed.eval.ablation.runner import (
+    MERGED,
+    Results,
+    Runner,
+    check_jobs,
+    claimed,
+    environments,
+    estimate,
+    open_results,
+)
+from nvembed.modeling_nvembed import NVEmbedModel
 from tests.triplets import write_jsonl
 
 
@@ -51,32 +66,77 @@ def write_grid(decoder_dir, tmp_path, sentences):
 
 @pytest.mark.slow
 def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_path):
-    """One of its cells asks for a pooling that does not exist; a second call has that alone to do again."""
-    axes = {"pooling": {name: {"init": {"pooling_type": name}} for name in ("mean", "median")}}
-    command = [sys.executable, ROOT / "eval/ablate.py", write_grid(axes=axes, paper={}, claims=[])]
+    """One of its cells has a temperature that no training has; a second call has that alone to do again."""
+    axes = {"temperature": {"low": {"stage1": {"temperature": 0.1}}, "none": {"stage1": {"temperature": -1.0}}}}
+    grid = write_grid(axes=axes, paper={}, claims=[], merge_seeds=True, seeds=[1, 2])
+    command = [sys.executable, ROOT / "eval/ablate.py", grid, "--jobs", str(min(2, os.cpu_count()))]
     command += ["--output_dir", tmp_path / "out", "--page", tmp_path / "PAGE.md"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "1 runs failed" in done.stderr, done.stderr
-    state = json.loads((tmp_path / "out" / "grid.json").read_text())
-    assert -100 <= state["scores"]["mean"]["1"]["scored"] == state["scores"]["mean"]["1"]["average"] <= 100
-    assert "pooling_type is 'median'" in state["failed"]["median"]["1"]
+    assert done.returncode == 1 and "2 runs failed" in done.stderr, done.stderr
+    results = Results(**json.loads((tmp_path / "out" / "grid.json").read_text()))
+    grid = Grid.read(str(grid))
+    table = results.by_cell(grid)
+    assert table["low"].keys() == {"1", "2", MERGED} and table["none"] == {}
+    assert -100 <= table["low"][MERGED]["scored"] == table["low"][MERGED]["average"] <= 100
+    assert "ValueError: temperature is -1.0; it must be > 0" in results.failed["none"]["1"]
     page = (tmp_path / "PAGE.md").read_text()
-    assert "| mean |" in page and "Runs that failed:\n\n- median, seed 1: " in page
+    assert "| low |" in page and "Runs that failed:\n\n- none, seed 1: ValueError: temperature is -1.0" in page
     assert (tmp_path / "ablations" / "grid.png").stat().st_size > 5000
-    # The commands that it names are those that make the checkpoint.
-    lines = (tmp_path / "out" / "commands.txt").read_text().splitlines()
-    made = {line.split("--output_dir ")[1] for line in lines[1:3]}
-    assert all((Path(folder) / "config.json").is_file() for folder in made)
     assert not list((tmp_path / "out").rglob("checkpoint-*"))
-    before = (tmp_path / "out" / "logs").stat().st_mtime, state["seconds"]
-    grid = Grid.read(command[2])
+    # The commands that it names make what it measured.
+    lines = (tmp_path / "out" / "commands.txt").read_text().splitlines()
+    assert lines[0] == "# low, seed 1" and all(line.startswith(("#", "python ", "accelerate ")) for line in lines)
+    merged = lines[lines.index("# low, seeds merged") + 1]
+    weights = [NVEmbedModel.from_pretrained(shlex.split(merged)[i]).state_dict() for i in (3, 4, 6)]
+    for name, mean in weights[2].items():
+        torch.testing.assert_close(mean, (weights[0][name] + weights[1][name]) / 2)
     again = Runner(grid, tmp_path / "out", open_results(grid, tmp_path / "out", False))
-    assert [run.cell for run in again.results.missing(grid)] == [(("pooling", "median"),)]
+    assert {run.cell for run in again.results.missing(grid)} == {(("temperature", "none"),)}
+    before = dict(again.results.seconds)
+    grid.axes["temperature"].pop("none")
     again.run()
-    assert again.results.seconds == before[1], "nothing that was there was made again"
+    assert again.results.seconds == before, "nothing that was there was made again"
+    folder = tmp_path / "out"
+    with claimed(folder), pytest.raises(ValueError, match="another ablate.py runs in"), claimed(folder):
+        pass
     write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b"}] * 8)
-    with pytest.raises(ValueError, match="has results of other data .*pairs.jsonl: name another output_dir"):
+    with pytest.raises(ValueError, match="has results of another recipe.yaml: pairs.jsonl: name another output_dir"):
         open_results(grid, tmp_path / "out", False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": {"init": {"num_latents": 9}}},
+        {"steps": ["init", "stage2"]},
+        {"axes": {"pooling": {"mean": {"init": {"pooling_type": "eos"}}, "eos": {"init": {"pooling_type": "mean"}}}}},
+    ],
+)
+def test_scores_of_other_settings_are_not_taken(write_grid, tmp_path, change):
+    """They are kept by all that leads to them, not by a cell's name."""
+    grid = Grid.read(write_grid())
+    results = open_results(grid, tmp_path, False)
+    for run in grid.runs():
+        results.scores[run.last.key] = {"scored": 1.0 if "mean" in run.last.chain[0].options else 2.0}
+    results.save(tmp_path)
+    other = Grid.read(write_grid(**change))
+    found = open_results(other, tmp_path, False).by_cell(other)
+    if "axes" in change:  # known by what it is, whatever it is called
+        assert found == {"mean": {"1": {"scored": 2.0}}, "eos": {"1": {"scored": 1.0}}}
+    else:
+        assert found == {"mean": {}, "eos": {}}
+
+
+@pytest.mark.parametrize("file", ["scored/test.jsonl", "pairs.jsonl", "recipe.yaml", "base"])
+def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir, file):
+    shutil.copytree(decoder_dir, tmp_path / "base")
+    grid = Grid.read(write_grid(options={"init": {"base": str(tmp_path / "base")}}))
+    open_results(grid, tmp_path, False).save(tmp_path)
+    open_results(grid, tmp_path, False)
+    path = tmp_path / file if file != "base" else tmp_path / "base" / "config.json"
+    path.write_text(path.read_text() + " \n")
+    with pytest.raises(ValueError, match=f"has results of another .*{path.name}: name another output_dir"):
+        open_results(grid, tmp_path, False)
 
 
 def test_runs_that_begin_alike_share_their_steps(write_grid):
@@ -94,7 +154,8 @@ def test_runs_that_begin_alike_share_their_steps(write_grid):
     assert rows == {"init": (4, None), "stage1": (4, None), "stage2": (8, None), "measure": (8, None)}
     taken = Results({}, seconds={runs[0].last.key: 60, f"{runs[0].last.key}:scores": 90})
     assert {name: minutes for name, _, minutes in estimate(grid, taken)}["stage2"] == 1
-    assert "--temperature 0.01" in Runner(grid, Path("out"), taken).commands(runs[0])[2]
+    lines = Runner(grid, Path("out"), taken).commands()["mean, low, seed 1"]
+    assert "--temperature 0.01" in lines[2] and lines[3].startswith("python eval/run_mteb.py --model out/runs/stage2-")
 
 
 def test_steps_and_recipes_can_be_an_axis(write_grid, tmp_path):
@@ -109,19 +170,39 @@ def test_steps_and_recipes_can_be_an_axis(write_grid, tmp_path):
     assert changed.last.recipe == other
 
 
+PLAIN = {"claims": [], "paper": {}}  # what names the usual cells is left out
+CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"axis": {}}, "axis is unknown; keys are"),
         ({"axes": {"pooling": {}}}, "axis pooling has no values"),
-        ({"axes": {"p": {"mean": {"stage3": {}}}}, "claims": [], "paper": {}}, "p: mean changes 'stage3'; it must be"),
+        ({"axes": ["pooling"]}, "axes is .* must be a mapping"),
+        ({"axes": {"p": ["mean"]}}, "axis p is .* must be a mapping"),
+        ({"axes": {"p": {"mean": {"stage3": {}}}}} | PLAIN, "p: mean changes 'stage3'; it must be"),
+        ({"options": {"stage3": {}}}, "options changes 'stage3'"),
+        ({"options": {"stage1": None}}, "options: stage1 is None; it must be a mapping"),
+        ({"options": {"stage1": {"seed": 3}}}, "stage1 sets seed, which the grid sets itself"),
+        ({"options": {"stage1": {"temperature": None}}}, "temperature is None, which no command line has"),
+        ({"axes": {"p": {"x": {"stage2": {"bf16": True}}}}} | PLAIN, "p: x sets options of stage2, which it does not"),
+        ({"axes": {"p": {"a, b": {}, "a": {}}, "q": {"c": {}, "b, c": {}}}} | PLAIN, "two cells are called 'a, b, c'"),
         ({"steps": ["init", "stage3"]}, "there is no step 'stage3'"),
+        ({"steps": []}, "there is no step"),
+        ({"start": "runs/base"}, "start is runs/base, and the steps begin with init"),
+        ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
+        ({"seeds": 3}, "seeds is 3; it must be a list"),
         ({"paper": {"median": 1.0}}, "paper has 'median', which is no cell"),
-        ({"claims": [{"text": "x", "better": {"pooling": "max"}, "worse": {}}]}, "claim 'x' names pooling: max"),
+        ({"zero_shot": {"mean": "scored", "eos": "scored"}}, "zero_shot must have all cells but one"),
+        ({"zero_shot": {"mean": "skored"}}, "names the score 'skored'; the tasks give average, scored"),
+        ({"claims": [CLAIM | {"better": {"pooling": "max"}}]}, "names pooling: max, which is no value"),
+        ({"claims": [CLAIM | {"worse": {}}]}, "must name other values of the same axes"),
+        ({"claims": [{"text": "x", "beter": {}}]}, "must have text, better, worse"),
         ({"recipe": "none.yaml"}, "none.yaml, which is neither a file beside it nor a recipe"),
         (
-            {"axes": {"a": {"x": {"init": {"seed": 1}}}, "b": {"y": {"init": {"seed": 2}}}}, "claims": [], "paper": {}},
-            "axes a and b both set init.seed",
+            {"axes": {"a": {"x": {"init": {"dtype": 1}}}, "b": {"y": {"init": {"dtype": 2}}}}} | PLAIN,
+            "axes a and b both set init.dtype",
         ),
     ],
 )
@@ -140,13 +221,13 @@ def test_an_option_that_no_script_has_is_refused_before_anything_runs(write_grid
 def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     grid = Grid.read(write_grid())
     results = open_results(grid, tmp_path, False)
-    results.scores, results.code = {"mean": {"1": {"average": 1.0}}}, {"init-1": "0123456789ab"}
+    results.scores, results.code = {grid.runs()[0].last.key: {"average": 1.0}}, {"init-1": "0123456789ab"}
     results.save(tmp_path)
     with pytest.raises(ValueError, match=r"results of other code \(0123456789ab; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
     assert open_results(grid, tmp_path, True).scores == results.scores
-    assert "0123456789ab" in section(grid, results, "chart.png", tmp_path)
-    with pytest.raises(ValueError, match="has results of other max_length"):
+    assert "0123456789ab" in section(grid, results, "chart.png", "python eval/ablate.py")
+    with pytest.raises(ValueError, match="has results of max_length 64, not 32"):
         open_results(Grid.read(write_grid(max_length=32)), tmp_path, True)
     with pytest.raises(ValueError, match="jobs is 0; it must be 1 to"):
         check_jobs(0)
@@ -182,7 +263,27 @@ def test_claims_by_a_paired_t_test(write_grid):
     assert judge(grid, scores, claim).words == "no claim: 2 of 3 seeds"
     scores["c, eos"]["3"] = {"average": 60.0}
     assert judge(grid, scores, claim).words == "within noise"
-    assert p_value([0.0, 0.0, 0.0]) == 1 and p_value([1.0, 1.0]) is None
+    assert p_value([1.0, 1.0]) is None
+    assert p_value([1.0, 1.0, 1.0]) is None, "no training gives this"
+
+
+def test_seen_and_zero_shot_stand_side_by_side(write_grid):
+    axes = {"left out": {"nothing": {}, "a": {"stage1": {"leave_out": ["a"]}}}}
+    grid = Grid.read(write_grid(axes=axes, zero_shot={"a": "scored"}, seeds=[1, 2], **PLAIN))
+    table = {
+        "nothing": {"1": {"scored": 70.0}, "2": {"scored": 72.0}},
+        "a": {"1": {"scored": 60.0}, "2": {"scored": 61.0}},
+    }
+    rows = zero_shot_rows(grid, table)
+    assert rows[1] == ["scored", "71.00 ± 1.41", "60.50 ± 0.71"] and rows[2][1:] == rows[1][1:]
+
+
+@pytest.mark.parametrize("visible", ["", "4,5"])
+def test_jobs_get_the_gpus_that_may_be_used(monkeypatch, visible):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(2)]
+    assert given == (["4", "5"] if visible else ["0", "1"])
 
 
 def test_a_page_keeps_its_other_sections(tmp_path):
@@ -205,3 +306,20 @@ def test_the_grids_of_the_house_are_grids(file):
     grid = Grid.read(str(file))
     assert len(grid.seeds) >= 3
     assert all(judge(grid, {}, claim).differences == [] for claim in grid.claims)
+
+
+def test_the_grids_recipes_are_the_houses_own():
+    """On held-out splits, and with classes by their labels; in all else smollm2.yaml."""
+    folder = ROOT / "eval/ablations"
+    ours, held_out, labels = (
+        path.read_text()
+        for path in (
+            ROOT / "train/recipes/smollm2.yaml",
+            folder / "held-out-recipe.yaml",
+            folder / "labels-recipe.yaml",
+        )
+    )
+    as_held_out = yaml.safe_load(ours.replace("../../../shared/data/", "../../runs/held-out/"))
+    assert yaml.safe_load(held_out) == as_held_out
+    by_labels = re.sub("kind: (classification|clustering)", "kind: label_classification", held_out)
+    assert yaml.safe_load(labels) == yaml.safe_load(by_labels)

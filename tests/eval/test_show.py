@@ -64,7 +64,7 @@ def test_separation_is_a_t_statistic_without_the_counts():
     expected = torch.from_numpy(t * np.sqrt(1 / 12 + 1 / 18)).float()
     result = show_latents.separation(of_texts, labels, ("a", "b"))
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    assert result.abs().max() > 3 * show_latents.by_chance(of_texts, labels, ("a", "b"), 0)
+    assert result.abs().max() > 3 * show_latents.by_chance(of_texts, labels, 0)
     even = torch.full((4, 1, 8), 1 / 8)
     torch.testing.assert_close(show_latents.used_latents(even), torch.tensor([8.0]))
 
@@ -129,12 +129,21 @@ def test_embeddings_are_shown_in_one_page_that_needs_nothing_else(tmp_path, chec
         ))  # fmt: skip
 
 
+def test_names_tell_models_apart():
+    assert show_latents.short_names(["runs/a/stage2", "runs/base"]) == ["stage2", "base"]
+    assert show_latents.short_names(["runs/a/stage2", "runs/b/stage2"]) == ["a/stage2", "b/stage2"]
+    with pytest.raises(ValueError, match="two maps have one name"):
+        show_embeddings.EmbeddingsArguments(data="x", models=["m", "m"], output_dir="y")
+
+
 def test_texts_that_cannot_be_shown_are_named(data):
+    write_jsonl(data / "one.jsonl", [{"text": text, "label": "once" if text == "a" else "often"} for text in "abc"])
     for options, words in (
         ({"classes": ["never", "often"]}, "classes has 'often', which no text has; labels are always, never"),
         ({"classes": ["never"]}, "has one class"),
         ({"split": "dev"}, "there is no dev.jsonl"),
         ({"samples": 1}, "samples is 1"),
+        ({"split": "one"}, "has 1 text of class 'once'; each class needs two"),
     ):
         with pytest.raises(ValueError, match=words):
             LabelledArguments(str(data), **options).read()

@@ -143,6 +143,8 @@ def test_in_batch_negatives_have_three_settings(tmp_path, value):
         assert parse(tmp_path, in_recipe, stage=stage)[2].in_batch_negatives == expected
     with pytest.raises(ValueError, match="in_batch_negatives is 'some'; it must be true, false or labels"):
         parse(tmp_path, RECIPE, "--in_batch_negatives", "some")
+    with pytest.raises(ValueError, match="--no_in_batch_negatives is now --in_batch_negatives false"):
+        parse(tmp_path, RECIPE, "--no_in_batch_negatives")
     with pytest.raises(ValueError, match="spread_out_weight is -1.0; it must be 0"):
         parse(tmp_path, RECIPE, "--spread_out_weight", "-1")
 

@@ -49,6 +49,8 @@ def test_what_has_no_mean_is_refused(tmp_path, seeds):
         main(MergeArguments(folders[:2], str(tmp_path / "merged")))
     with pytest.raises(ValueError, match=r"weights is \[1.0\] for 2 models"):
         MergeArguments(folders[:2], "x", [1.0])
+    with pytest.raises(ValueError, match=r"weights is \[1.0, nan\] for 2 models"):
+        MergeArguments(folders[:2], "x", [1.0, float("nan")])
     with pytest.raises(ValueError, match="name two or more"):
         MergeArguments(folders[:1], "x")
     assert not (tmp_path / "merged").exists()

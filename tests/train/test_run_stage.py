@@ -5,7 +5,9 @@ import os
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 from nvembed.train.arguments import DataArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.data.source import DatasetSource
@@ -59,6 +61,33 @@ def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
         )
     blend = load_blend(DataArguments(sources, num_negatives=2), Stage1Arguments(**(options | {"max_steps": 2})))
     assert len(blend) == 8, "in-batch negatives"
+
+
+def test_tables_of_earlier_versions_are_made_anew_unless_a_run_has_begun(tmp_path, labelled):
+    """They have no classes, without which labels would prove nothing."""
+    source, options = DatasetSource(str(labelled), name="labels"), {"max_steps": 2}
+    blend_of(tmp_path, [source], **options)
+    table = tmp_path / "out" / "triplets" / "000.arrow"
+    old = Dataset.from_file(str(table)).remove_columns("class")
+    with pa.OSFile(str(table), "wb") as file, pa.ipc.new_stream(file, old.data.table.schema) as writer:
+        writer.write_table(old.data.table)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    blend, _ = blend_of(tmp_path, [source], **options)
+    assert "class" not in blend[0], "what was trained on stays"
+    with pytest.raises(ValueError, match="a run begun by an earlier version has none"):
+        blend_of(tmp_path, [source], in_batch_negatives="labels", **options)
+    (tmp_path / "out" / "checkpoint-1").rmdir()
+    assert "class" in blend_of(tmp_path, [source], **options)[0][0]
+
+
+def test_batches_of_one_set_are_of_one_set(tmp_path, labelled):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(12)])
+    sources = [DatasetSource(str(labelled), name="labels"), DatasetSource(pairs, name="pairs")]
+    for is_on, kinds in ((True, {1}), (False, {1, 2})):
+        blend, _ = blend_of(tmp_path / str(is_on), sources, batches_of_one_set=is_on, max_steps=6)
+        names = [row["dataset"] for row in blend]
+        assert {len({*names[start : start + 4]}) for start in range(0, 24, 4)} <= kinds
+        assert is_on or any(len({*names[start : start + 4]}) == 2 for start in range(0, 24, 4))
 
 
 def test_labels_as_negatives_need_classes(tmp_path, labelled):

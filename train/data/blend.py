@@ -25,7 +25,7 @@ class Blend(TorchDataset):
             together has each triplet once.
         seed: of the order.
         together: so many consecutive samples, from the first on, are of one set: a batch. The shares are then of
-            batches.
+            batches, and without weights, a set comes about as often as its size says.
 
     Raises:
         ValueError: there are no tables, one is empty, or the weights are not one positive number for each.
@@ -41,6 +41,11 @@ class Blend(TorchDataset):
     ):
         if not tables or not all(map(len, tables)):
             raise ValueError(f"a blend needs tables with triplets, it has {[len(table) for table in tables]}")
+        if small := [len(table) for table in tables if len(table) < together]:
+            raise ValueError(
+                f"a set has {min(small)} triplets, which do not fill a batch of {together} by themselves: lower the "
+                "batch size, leave the set out, or set batches_of_one_set to false"
+            )
         weights = [len(table) for table in tables] if weights is None else weights
         if len(weights) != len(tables) or not all(weight > 0 for weight in weights):
             raise ValueError(f"weights are {list(weights)} for {len(tables)} tables; each needs one above 0")

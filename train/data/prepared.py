@@ -125,7 +125,7 @@ def write_tables(
     settings = {"num_negatives": num_negatives, "seed": seed, "instruction": instruction}
     made_of = settings | {"datasets": [provenance(source) for source in sources]}
     before = read_provenance(folder)
-    if before == made_of:
+    if before == made_of and (checkpoints or have_all_columns(folder)):
         return
     if before is not None and checkpoints:
         raise ValueError(
@@ -139,6 +139,13 @@ def write_tables(
         for index, source in enumerate(sources):
             write_table(partial / table_name(index), iterate_triplets(source, num_negatives, seed, instruction))
         (partial / MADE_OF).write_text(json.dumps(made_of, indent=1))
+
+
+def have_all_columns(folder: Path) -> bool:
+    """Whether the tables have the columns of today; those of earlier versions are made anew, unless a run has begun."""
+    return all(
+        TRIPLET_FEATURES.keys() <= {*Dataset.from_file(str(table)).column_names} for table in folder.glob("*.arrow")
+    )
 
 
 def table_name(index: int) -> str:
@@ -209,8 +216,8 @@ def check_have_classes(tables: Sequence[Dataset]) -> None:
     if not any(map(have_classes, tables)):
         raise ValueError(
             "in_batch_negatives is labels and none of the triplets has a class (data of kind classification, "
-            "clustering or label_classification, or triplets with a column `class`), so nothing would be taken from "
-            "the batch: set it to false"
+            "clustering or label_classification, or triplets with a column `class`; a run begun by an earlier version "
+            "has none), so nothing would be taken from the batch: set it to false"
         )
 
 
