@@ -311,14 +311,8 @@ def test_the_grids_of_the_house_are_grids(file):
 def test_the_grids_recipes_are_the_houses_own():
     """On held-out splits, and with classes by their labels; in all else smollm2.yaml."""
     folder = ROOT / "eval/ablations"
-    ours, held_out, labels = (
-        path.read_text()
-        for path in (
-            ROOT / "train/recipes/smollm2.yaml",
-            folder / "held-out-recipe.yaml",
-            folder / "labels-recipe.yaml",
-        )
-    )
+    ours = (ROOT / "train/recipes/smollm2.yaml").read_text()
+    held_out, labels = ((folder / f"{name}-recipe.yaml").read_text() for name in ("held-out", "labels"))
     as_held_out = yaml.safe_load(ours.replace("../../../shared/data/", "../../runs/held-out/"))
     assert yaml.safe_load(held_out) == as_held_out
     by_labels = re.sub("kind: (classification|clustering)", "kind: label_classification", held_out)
