@@ -10,6 +10,7 @@ from nvembed.texts_nvembed import format_instruction
 from nvembed.train.center import CenterArguments, main
 from nvembed.train.compress.prune import drop_latent_attention
 from nvembed.train.distillation import add_projection
+from nvembed.train.export import check_exportable
 from tests.triplets import write_jsonl
 
 
@@ -57,6 +58,8 @@ def test_what_would_lose_the_mean_is_refused(centred, tmp_path):
         drop_latent_attention(model)
     with pytest.raises(ValueError, match="embeddings are centred .* start from the checkpoint before train/center.py"):
         add_projection(model, 12)
+    with pytest.raises(ValueError, match="subtracts a mean .* export the checkpoint that train/center.py"):
+        check_exportable(model.config, str(folder), pool_instructions=True)
     again = CenterArguments(model_name_or_path=str(folder), output_dir=str(tmp_path / "again"), datasets=[])
     with pytest.raises(ValueError, match="is centred already; center the checkpoint that it was made from"):
         main(again)

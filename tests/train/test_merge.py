@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.certificate import merge_certificates
 from nvembed.train.merge import MergeArguments, main
 
 
@@ -38,6 +39,9 @@ def test_weights_are_averaged(tmp_path, seeds, shares):
         torch.testing.assert_close(tensor, expected.float(), atol=1e-6, rtol=1e-6)
     seen = json.loads((tmp_path / "merged" / "training_data.json").read_text())
     assert [stage["stage"] for stage in seen["stages"]] == ["x", "y"] and seen["complete"]
+    (tmp_path / "2" / "training_data.json").write_text(json.dumps(certificates[2] | {"complete": False}))
+    merge_certificates(folders, tmp_path)
+    assert not json.loads((tmp_path / "training_data.json").read_text())["complete"]
     assert "the mean of the weights of" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -47,6 +51,13 @@ def test_what_has_no_mean_is_refused(tmp_path, seeds):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"is_mask_instruction": False}))
     with pytest.raises(ValueError, match="1 has is_mask_instruction False and .*0 True: only checkpoints of one shape"):
         main(MergeArguments(folders[:2], str(tmp_path / "merged")))
+    file = tmp_path / "2" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        main(MergeArguments([folders[0], folders[2]], str(tmp_path / "merged")))
     with pytest.raises(ValueError, match=r"weights is \[1.0\] for 2 models"):
         MergeArguments(folders[:2], "x", [1.0])
     with pytest.raises(ValueError, match=r"weights is \[1.0, nan\] for 2 models"):

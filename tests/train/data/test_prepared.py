@@ -63,6 +63,13 @@ def test_label_based_classification(labelled):
     assert not triplets[0]["symmetric"]
 
 
+def test_triplets_may_come_with_their_class(tmp_path):
+    known = {"query": "a", "positive": "b", "negatives": ["c"], "class": "x"}
+    rows = [known, {"query": "d", "positive": "e", "negatives": ["f"]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row["class"] for row in prepare([DatasetSource(path, instruction="")], 1)] == ["x", None]
+
+
 def test_a_pair_has_a_class_where_no_other_label_casts_doubt_on_it(tmp_path):
     labels = {"a0": "a", "a1": "a", "a2": "a", "b0": "b", "b1": "b", "ab": "a|b", "c0": "c", "c1": "c"}
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text, "label": label} for text, label in labels.items()])
