@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def run(script: str, *arguments: str, **options) -> str:
     """
     options = {"stdout": subprocess.PIPE} | options
     return subprocess.run([sys.executable, script, *arguments], check=True, text=True, **options).stdout
+
+
+def known_options(script: str) -> set[str]:
+    """The options that a script of the project says it has (`--help`)."""
+    return {*re.findall(r"--([A-Za-z0-9_]+)", run(str(ROOT / script), "--help"))}
 
 
 def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of: Mapping, **options) -> None:

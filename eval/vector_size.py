@@ -124,7 +124,7 @@ def variants(width: int, args: VectorSizeArguments) -> list[Variant]:
     Raises:
         ValueError: there are not as many dimensions, or bits do not fill bytes.
     """
-    dims = args.dims or [width, *(2**n for n in range(20, 4, -1) if 2**n < width)]
+    dims = list(dict.fromkeys([width, *(args.dims or (2**n for n in range(20, 4, -1) if 2**n < width))]))
     for number in dims:
         if not 0 < number <= width or (number % 8 and "binary" in args.precisions):
             raise ValueError(f"dims has {number}; it must be 1 to {width}, and for binary a multiple of 8")
@@ -145,11 +145,11 @@ def run(args: VectorSizeArguments) -> list[dict]:
         texts = [text for _, text in islice(corpus, args.calibration_texts)]
     model = args.load()
     instructions = instructions_for(tasks) if model.prompts is None else {}
+    embed = remembered(normalized(model.embed))
+    chosen = variants(embed(["one text"], "").shape[1], args)
     options = {name: getattr(args, name) for name in ("calibration", "calibration_split", "calibration_texts")}
     folder = results.claim_folder(args.output_dir, args.settings(model) | {"mteb": mteb.__version__} | options, {})
     conditions = {t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) for t in tasks}
-    embed = remembered(normalized(model.embed))
-    chosen = variants(embed(["one text"], "").shape[1], args)
     calibration = None if texts is None else embed(texts, model.document_prefix())
     file = folder / "vector_size.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mean_cosine": None, "variants": {}}

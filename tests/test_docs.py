@@ -30,7 +30,6 @@ NOT_RUN = {
     '.venv/bin/python eval/run_mteb.py --model runs/mine --tasks "MTEB': "data from the Hub, hours",
     ".venv/bin/python eval/run_mteb.py --model nvidia": "16 GB and data from the Hub",
     ".venv/bin/python eval/speed/encode.py": "minutes; tests/eval/test_speed.py: small sizes",
-    ".venv/bin/python train/compress/ladder.py compress": "../shared/data; test_ladder.py",
     ".venv/bin/python train/compress/prune.py --config query-encoder": "a trained checkpoint and ../shared/data",
     ".venv/bin/accelerate launch --num_processes 1 --num_cpu_threads_per_process 2 train/distill.py --config": "data",
     ".venv/bin/python eval/run_mteb.py --model runs/all-MiniLM": "likewise; tests/eval/test_query_model.py",
@@ -101,6 +100,8 @@ def clone(tmp_path_factory, checkpoint, sentences) -> Path:
     (folder / "my-data.yaml").write_text(
         next(text for text in blocks(ROOT / "docs" / "data.md", "yaml") if "teacher" in text)
     )
+    ladder = next(text for text in blocks(ROOT / "docs" / "compression.md", "yaml") if "ladder:" in text)
+    (folder / "my-ladder.yaml").write_text(ladder)
     (folder / "my-tasks.yaml").write_text("tasks: [{type: STS, path: pairs, instruction: Retrieve similar text}]")
     return folder
 

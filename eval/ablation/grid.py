@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import chain, combinations, product
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from nvembed.eval.commands import ROOT, run
+from nvembed.eval.commands import ROOT, known_options
 from nvembed.eval.files import sha256
 
 
@@ -350,8 +349,7 @@ def check_options(grid: Grid) -> None:
         for step in source.keys() - RESERVED:
             asked.setdefault(step, set()).update(source[step])
     for step, names in asked.items():
-        known = {*re.findall(r"--([a-z0-9_]+)", run(str(ROOT / SCRIPTS[step]), "--help"))}
-        if unknown := names - known:
+        if unknown := names - known_options(SCRIPTS[step]):
             raise ValueError(f"{grid.file}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
 
 

@@ -38,7 +38,7 @@ def section(grid: Grid, results: Results, picture: str, command: str) -> str:
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
         lines.append("")
     lines.append(
-        f"`{command}`; {hours:.1f} hours of commands, {date.today()}, code {', '.join(digests) or '-'}. The commands "
+        f"`{command}`; {hours:.2f} hours of commands, {date.today()}, code {', '.join(digests) or '-'}. The commands "
         "of each run are in commands.txt there."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
@@ -90,14 +90,16 @@ def shown(scores: list[float], with_count: bool = False) -> str:
 
 
 def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
-    rows = [["claim", "score", "difference here", "p", "here", "difference in the paper"]]
+    has_paper = any(verdict.paper is not None for verdict in verdicts)
+    rows = [["claim", "score", "difference", "p", "verdict", *(["difference in the paper"] if has_paper else [])]]
     for verdict in verdicts:
         difference = f"{statistics.mean(verdict.differences):+.2f}" if verdict.differences else "-"
         if len(verdict.differences) > 1:
             difference += f" ± {statistics.stdev(verdict.differences):.2f}"
         p = "-" if verdict.p is None else f"{verdict.p:.3f}"
         paper = "-" if verdict.paper is None else f"{verdict.paper:+.2f}"
-        rows.append([verdict.claim.text, verdict.claim.score, difference, p, verdict.words, paper])
+        row = [verdict.claim.text, verdict.claim.score, difference, p, verdict.words]
+        rows.append([*row, paper] if has_paper else row)
     return rows
 
 

@@ -20,13 +20,23 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from nvembed.eval.commands import ROOT, TRAININGS, errors_in_one_line, make_checkpoint, run, score
+from nvembed.eval.commands import (
+    ROOT,
+    TRAININGS,
+    errors_in_one_line,
+    known_options,
+    make_checkpoint,
+    run,
+    score,
+)
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
-from nvembed.eval.models import digest_model
+from nvembed.eval.models import digest_model, find_config
+from nvembed.eval.tasks.lookup import select_tasks
 from nvembed.train.recipe import STAGES, find_recipe
 
 
+OPTIONS = ("output_dir", "steps", "tasks", "max_length", "rounds")  # of the recipe's section `ladder`
 STEPS = ("prune", "stage2", "distill", "quantize")
 
 
@@ -75,6 +85,8 @@ class Ladder:
             if before is not None and begins[step] != before:
                 raise ValueError(f"{file}: {step} begins with {begins[step]}, and the step before writes {before}")
             before = folder
+        if unknown := ladder.keys() - OPTIONS:
+            raise ValueError(f"{file}: ladder has an unknown key {min(unknown)!r}; it has {', '.join(OPTIONS)}")
         tasks = [tasks] if isinstance(tasks, str) else tasks
         tasks = [str(file.parent / task) if (file.parent / task).is_file() else task for task in tasks]
         paths = {step: Path(folder) for step, folder in steps.items()}
@@ -85,6 +97,22 @@ class Ladder:
     def rungs(self) -> dict[str, str]:
         """The checkpoints to measure by name."""
         return {"start": self.start} | {step: str(folder) for step, folder in self.steps.items()}
+
+
+def check(ladder: Ladder) -> None:
+    """Finds before anything runs what would end the ladder after hours.
+
+    Raises:
+        ValueError: a step has an option that its script does not know, there is no such checkpoint to start from, or no
+            such tasks.
+    """
+    content = yaml.safe_load(ladder.recipe.read_text(encoding="utf-8"))
+    common = content.keys() - STAGES.keys()
+    for step in ladder.steps:
+        if unknown := (common | content[step].keys()) - known_options(STAGES[step]):
+            raise ValueError(f"{ladder.recipe}: {STAGES[step]} has no option {min(unknown)!r}; see its --help")
+    find_config(ladder.start, None)
+    select_tasks(ladder.tasks)
 
 
 def describe_step(recipe: Path, step: str, begins_with: str) -> dict:
@@ -153,6 +181,7 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
     ladder = Ladder.read(args.recipe)
+    check(ladder)
     if args.dry_run:
         for step in ladder.steps:
             start = ["accelerate", "launch"] if Path(STAGES[step]).name in TRAININGS else ["python"]

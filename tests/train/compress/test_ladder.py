@@ -70,6 +70,21 @@ def test_recipes_that_are_no_ladder_are_refused(recipe):
         Ladder.read("nowhere")
 
 
+@pytest.mark.slow
+def test_what_would_end_a_ladder_later_is_found_before_it_begins(recipe, tmp_path):
+    ladder.check(Ladder.read(str(recipe())))
+    for changes, words in (
+        ({"quantize": {"wieght_dtype": "int8"}}, "train/compress/quantize.py has no option 'wieght_dtype'"),
+        ({"quantize": {"model_name_or_path": str(tmp_path / "nowhere")}}, "there is no such folder"),
+        ({"ladder": {"tasks": "my-task.yaml"}}, "my-task.yaml does not exist"),
+        ({"ladder": {"round": 1}}, "ladder has an unknown key 'round'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ladder.check(Ladder.read(str(recipe(**changes))))
+        recipe()
+    assert not (tmp_path / "int8").exists()
+
+
 def test_the_ladder_that_comes_along_reads():
     found = Ladder.read("compress")
     assert list(found.steps) == ["prune", "distill", "quantize"] and found.start == "runs/smollm2/stage2"
