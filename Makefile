@@ -8,7 +8,7 @@ quickstart: .venv/installed
 
 # One process per core: much of a test's time is spent starting other processes.
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses auto
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 test-fast: .venv/installed
 	.venv/bin/python -m pytest --numprocesses auto -m "not slow"

@@ -40,6 +40,12 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers, slow tests first: a long one that begins last would keep the others waiting."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def decoder_dir(tmp_path_factory) -> Path:
     """A Llama-layout base with random weights and a byte-level BPE tokenizer, as `save_pretrained` writes them."""
