@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from nvembed.eval.files import write_json
@@ -64,6 +65,7 @@ def run(script: str, *arguments: str, **options) -> str:
     return subprocess.run([sys.executable, script, *arguments], check=True, text=True, **options).stdout
 
 
+@cache
 def known_options(script: str) -> set[str]:
     """The options that a script of the project says it has (`--help`)."""
     return {*re.findall(r"--([A-Za-z0-9_]+)", run(str(ROOT / script), "--help"))}

@@ -1,6 +1,6 @@
 """The encoder that mteb calls to embed a task's texts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -27,12 +27,21 @@ class TaskEncoder(AbsEncoder):
 
     Args:
         instructions: task name -> instruction.
+        keep: called with `texts` whenever more is known, which is before mteb has a task's result: a run that is killed
+            has both or neither.
     """
 
-    def __init__(self, model: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]):
+    def __init__(
+        self,
+        model: LoadedModel,
+        embed: Embed,
+        instructions: Mapping[str, TaskInstruction],
+        keep: Callable[[dict], object] | None = None,
+    ):
         self.prompts, self.embed, self.instructions = model.prompts, embed, instructions
         self.model = model
         self.texts: dict[str, dict[str, float]] = {}  # what is known of each task's, by name
+        self.keep = keep
         overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": model.similarity}
         self.mteb_model_meta = ModelMeta.create_empty(overwrites)
 
@@ -57,6 +66,8 @@ class TaskEncoder(AbsEncoder):
         known["texts"] += len(unique)
         cut = self.count_cut(list(unique), prefix)
         known["cut"] = None if cut is None or known["cut"] is None else known["cut"] + cut
+        if self.keep is not None:
+            self.keep(self.texts)
         return embeddings[[unique[text] for text in texts]]
 
     def count_cut(self, texts: list[str], prefix: str) -> int | None:
@@ -87,9 +98,14 @@ class AsymmetricEncoder(TaskEncoder):
     """A `TaskEncoder` whose queries are for another model than its documents: to be used with `routed`."""
 
     def __init__(
-        self, documents: LoadedModel, queries: LoadedModel, embed: Embed, instructions: Mapping[str, TaskInstruction]
+        self,
+        documents: LoadedModel,
+        queries: LoadedModel,
+        embed: Embed,
+        instructions: Mapping[str, TaskInstruction],
+        keep: Callable[[dict], object] | None = None,
     ):
-        super().__init__(documents, embed, instructions)
+        super().__init__(documents, embed, instructions, keep)
         self.of_queries = TaskEncoder(queries, embed, instructions)
 
     def prefix(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:

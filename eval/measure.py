@@ -19,7 +19,6 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from tqdm import tqdm
 
 from nvembed.eval.encoder import TaskEncoder
-from nvembed.eval.results import keep_texts
 from nvembed.eval.tasks.lookup import with_parts
 
 
@@ -74,7 +73,6 @@ def measure(tasks: Sequence[AbsTask], encoder: TaskEncoder, cache: ResultCache |
             if cache is not None:
                 # Rounded, as a resumed run has it.
                 results[name] = cache.load_task_result(name, encoder.mteb_model_meta)
-                keep_texts(Path(cache.cache_path), encoder.texts)
                 task.unload_data()  # the next one may be large
     if failures:
         reasons = "".join(f"\n  {name}: {error}" for name, error in failures.items())

@@ -9,6 +9,7 @@ queries of retrieval tasks, and `--model` their documents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import mteb
 from mteb import ResultCache
@@ -61,13 +62,16 @@ def run(args: MtebArguments) -> dict | None:
         models = [model] if queries is None else [model, queries]
         instructions = instructions_for(tasks) if any(one.prompts is None for one in models) else {}
         settings = args.settings(model) | {"mteb": mteb.__version__}
-        encoder = TaskEncoder(model, embed, instructions)
         if queries is not None:
             settings |= {"query_model": queries.name, "query_revision": queries.revision}
-            encoder = AsymmetricEncoder(model, queries, embed, instructions)
         known = {task.metadata.name: task for task in with_parts(tasks)}
         decisive = {name: results.conditions(task, instructions.get(name)) for name, task in known.items()}
         folder = results.claim_folder(args.output_dir, settings, decisive)
+        keep = partial(results.keep_texts, folder)
+        if queries is None:
+            encoder = TaskEncoder(model, embed, instructions, keep)
+        else:
+            encoder = AsymmetricEncoder(model, queries, embed, instructions, keep)
         cache = ResultCache(folder)
         results.check_cached(cache, model, known.values())
         if kept := sum(is_measured(task, encoder, cache) for task in tasks):

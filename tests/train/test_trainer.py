@@ -395,7 +395,8 @@ def test_a_failing_process_ends_all_with_its_error(tmp_path, checkpoint, many_pa
         """
 import os, sys
 from nvembed.train import run_stage
-from nvembed.train.arguments import DataArguments, ModelArguments, RecipeParser, Stage1Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments
+from nvembed.train.recipe import RecipeParser
 
 if os.environ["RANK"] == "1":
     compute_loss = run_stage.EmbeddingTrainer.compute_loss
