@@ -16,6 +16,13 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def write_similarity_task(folder: Path, name: str, sentences: list[str]) -> None:
+    """Writes a task of eight scored pairs, `name`, and `tasks.yaml` with it alone."""
+    rows = [{"sentence1": a, "sentence2": b, "score": len(a) % 5} for a, b in zip(sentences, sentences[::-1])]
+    write_jsonl(folder / name / "test.jsonl", rows)
+    (folder / "tasks.yaml").write_text(f"tasks: [{{type: STS, path: {name}, instruction: Retrieve similar text}}]")
+
+
 def prepare(sources: list[DatasetSource], num_negatives: int, seed: int = 0, instruction: str | None = "") -> Dataset:
     """The triplets of all sources, one after the other."""
     with TemporaryDirectory() as name:

@@ -44,7 +44,7 @@ def merge(models: list[str], weights: list[float]) -> NVEmbedModel:
             pruned ones is no longer sparse.
     """
     merged = load_uncompressed(models[0], None, "merge")
-    dtypes = {name: tensor.dtype for name, tensor in merged.state_dict().items()}
+    dtype = merged.dtype
     merged.float()
     total, sums = sum(weights), merged.state_dict()
     for tensor in sums.values():
@@ -55,7 +55,6 @@ def merge(models: list[str], weights: list[float]) -> NVEmbedModel:
         for key, tensor in other.state_dict().items():
             sums[key].add_(tensor.float(), alpha=weight / total)
     check_pattern(merged.embedding_model, merged.config.pruning)
-    (dtype,) = set(dtypes.values())
     return merged.to(dtype)
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
 from nvembed.eval.ablation.grid import Grid, cell_name
 from nvembed.eval.ablation.runner import MERGED, Results
+from nvembed.eval.files import whole
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -135,4 +136,5 @@ def put_section(page: Path, name: str, text: str) -> None:
         content = before + block + after
     else:
         content = content.rstrip("\n") + "\n\n" + block
-    page.write_text(content, encoding="utf-8")
+    with whole(page) as partial:
+        partial.write_text(content, encoding="utf-8")

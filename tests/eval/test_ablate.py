@@ -29,7 +29,7 @@ from nvembed.eval.ablation.runner import (
     open_results,
 )
 from nvembed.modeling_nvembed import NVEmbedModel
-from tests.triplets import write_jsonl
+from tests.triplets import write_jsonl, write_similarity_task
 
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def write_grid(decoder_dir, tmp_path, sentences):
     """Writes a grid of the tiny decoder with two poolings, trained on eight pairs, measured by eight similarities."""
-    rows = [{"sentence1": a, "sentence2": b, "score": len(a) % 5} for a, b in zip(sentences, sentences[::-1])]
-    write_jsonl(tmp_path / "scored" / "test.jsonl", rows)
-    (tmp_path / "tasks.yaml").write_text("tasks: [{type: STS, path: scored, instruction: Retrieve similar text}]")
+    write_similarity_task(tmp_path, "scored", sentences)
     pairs = [{"query": a, "positive": b} for a, b in zip(sentences, sentences[::-1])]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     recipe = {

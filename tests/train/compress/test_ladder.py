@@ -11,7 +11,7 @@ import yaml
 from nvembed.eval.commands import make_checkpoint
 from nvembed.train.compress import grid, ladder
 from nvembed.train.compress.ladder import Ladder
-from tests.triplets import write_jsonl
+from tests.triplets import write_similarity_task
 
 
 ROOT = Path(__file__).parents[3]
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def recipe(checkpoint, tmp_path, sentences):
     """A recipe whose ladder is to quantize the tiny checkpoint, measured by the similarity of eight pairs."""
-    rows = [{"sentence1": a, "sentence2": b, "score": len(a) % 5} for a, b in zip(sentences, sentences[::-1])]
-    write_jsonl(tmp_path / "pairs" / "test.jsonl", rows)
-    (tmp_path / "tasks.yaml").write_text("tasks: [{type: STS, path: pairs, instruction: Retrieve similar text}]")
+    write_similarity_task(tmp_path, "pairs", sentences)
 
     def write(**changes) -> Path:
         content = {
