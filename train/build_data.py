@@ -8,7 +8,7 @@ Run it again to resume. What it writes is described in docs/data.md; training re
 
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +39,9 @@ class BuildArguments(ExecutorArguments):
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder to build in; run again to resume."})
     sets: list[str] | None = field(default=None, metadata={"help": "Of the recipe's sets, build these alone."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of the model that ranks, instead of the recipe's."}
+    )
     list: bool = field(default=False, metadata={"help": "Print the table of the paper's sets and stop."})
 
 
@@ -105,6 +108,8 @@ def run(args: BuildArguments) -> dict:
     if args.recipe is None or args.output_dir is None:
         raise ValueError("--recipe and --output_dir are needed, or --list")
     settings, output = read_recipe(find_recipe(args.recipe), args.sets), Path(args.output_dir)
+    if args.teacher is not None:
+        settings.teacher = replace(settings.teacher, model=args.teacher)
     settings.teacher.check()
     claim_output(settings, output)
     sets = build(settings, output, args)

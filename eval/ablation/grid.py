@@ -99,7 +99,8 @@ class Grid:
         minutes: step -> how long it takes, for the estimate; `measure` among them.
         paper: cell, as "value, value" -> the paper's score.
         merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
-        zero_shot: cell -> the tasks whose own training splits it leaves out; the one cell beside them sees all.
+        zero_shot: cell -> the tasks whose own training splits it leaves out, and which alone it is measured on; the one
+            cell beside them sees all.
     """
 
     file: Path
@@ -387,7 +388,7 @@ def made_of(grid: Grid) -> dict:
     steps = [step for run in runs for step in run.last.chain]
     files = {step.recipe for step in steps if step.recipe is not None} | {Path(task) for task in grid.tasks}
     known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
-    known |= {"start": grid.start, "files": {}}
+    known |= {"start": grid.start, "zero_shot": grid.zero_shot, "files": {}}
     for file in sorted(file for file in files if file.is_file()):
         known["files"] |= {file.name: sha256(file)} | data_of(file)
     for value in sorted({part for step in steps for part in step.options} | ({grid.start} - {None})):

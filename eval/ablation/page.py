@@ -22,14 +22,15 @@ def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     hours = sum(results.seconds.values()) / 3600
     digests = sorted({*results.code.values()})
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
-    lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
-    lines.append(
-        "Scores in percent: the mean over seeds ± their standard deviation (seeds)."
-        + (" The paper's are averages of 56 tasks of MTEB, of a model of 7 B." if grid.paper else "")
-    )
     if grid.zero_shot:
-        lines += ["", markdown_table(zero_shot_rows(grid, table), 1), ""]
-        lines.append("Zero-shot: the task's own training split was left out, all others were trained on.")
+        lines += [markdown_table(zero_shot_rows(grid, table), 1), ""]
+    else:
+        lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
+    legend = ["Scores in percent: the mean over seeds ± their standard deviation (seeds)."]
+    legend += ["The paper's are averages of 56 tasks of MTEB, of a model of 7 B."] if grid.paper else []
+    if grid.zero_shot:
+        legend.append("Zero-shot: the task's own training split was left out, all others were trained on.")
+    lines.append(" ".join(legend))
     if grid.claims:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]
         lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
@@ -66,20 +67,26 @@ def score_rows(grid: Grid, table: Table) -> list[list[str]]:
     return rows
 
 
+def seeing(grid: Grid) -> str:
+    """The cell of a zero-shot grid that leaves nothing out."""
+    (name,) = {cell_name(cell) for cell in grid.cells()} - grid.zero_shot.keys()
+    return name
+
+
 def zero_shot_rows(grid: Grid, table: Table) -> list[list[str]]:
     """Header, one row a task, and the averages: of the cell that sees all sets, and of those without the task's own."""
-    (seeing,) = [cell_name(cell) for cell in grid.cells() if cell_name(cell) not in grid.zero_shot]
     rows = [["task", "seen", "zero-shot"]]
     seen, unseen = {}, {}
     for cell, tasks in grid.zero_shot.items():
         for task in tasks:
-            for kind, name in ((seen, seeing), (unseen, cell)):
+            for kind, name in ((seen, seeing(grid)), (unseen, cell)):
                 kind[task] = {seed: one[task] for seed, one in table[name].items() if seed != MERGED}
             rows.append([task, shown(list(seen[task].values())), shown(list(unseen[task].values()))])
     averages = []
     for kind in (seen, unseen):
         seeds = set.intersection(*(set(by_seed) for by_seed in kind.values()))
-        averages.append(shown([statistics.mean(by_seed[seed] for by_seed in kind.values()) for seed in sorted(seeds)]))
+        means = [statistics.mean(by_seed[seed] for by_seed in kind.values()) for seed in sorted(seeds)]
+        averages.append(shown(means, with_count=True))
     return [*rows, ["average", *averages]]
 
 
@@ -104,19 +111,33 @@ def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
     return rows
 
 
+def drawn(grid: Grid, table: Table) -> dict[str, list[float]]:
+    """What the chart shows: a score of each seed by what it is of; the averages, or each task seen and zero-shot."""
+
+    def of_seeds(cell: str, task: str) -> list[float]:
+        return [one[task] for seed, one in table[cell].items() if seed != MERGED]
+
+    if not grid.zero_shot:
+        return {name: of_seeds(name, "average") for name in map(cell_name, grid.cells())}
+    rows = {}
+    for cell, tasks in grid.zero_shot.items():
+        for task in tasks:
+            rows |= {f"{task}, seen": of_seeds(seeing(grid), task), f"{task}, zero-shot": of_seeds(cell, task)}
+    return rows
+
+
 def draw(grid: Grid, results: Results, path: Path) -> None:
-    """The averages of every cell: one dot a seed, a bar at their mean."""
-    cells, table = [cell_name(cell) for cell in grid.cells()], results.by_cell(grid)
-    figure = Figure(figsize=(7, 0.8 + 0.33 * len(cells)), layout="constrained")
+    """The scores of every cell: one dot a seed, a bar at their mean."""
+    rows = drawn(grid, results.by_cell(grid))
+    figure = Figure(figsize=(7, 0.8 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(cells):
-        scores = [one["average"] for seed, one in table[name].items() if seed != MERGED]
+    for place, scores in enumerate(rows.values()):
         if scores:
             axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color="#D55E00", linewidth=2)
             axes.plot(scores, [place] * len(scores), "o", color="#0072B2", markersize=5, alpha=0.8)
-    axes.set_yticks(range(len(cells)), cells)
+    axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set_xlabel("average score, %; a dot a seed, a line at the mean")
+    axes.set_xlabel(f"{'' if grid.zero_shot else 'average '}score, %; a dot a seed, a line at the mean")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,8 @@ class Runner:
                         runs.remove(run)
                     elif len(working) < self.jobs and not missing:
                         runs.remove(run)
-                        working[self._submit(pool, run.last.key + MEASURING, self._measure, run.last.key)] = run
+                        key, names = run.last.key, self.names_of(run)
+                        working[self._submit(pool, key + MEASURING, self._measure, key, names)] = run
                     elif len(working) < self.jobs and missing[0] not in working.values():
                         working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
                 for future in wait(working, return_when=FIRST_COMPLETED).done if working else ():
@@ -243,29 +244,34 @@ class Runner:
         lines = {}
         for run in self.grid.runs():
             own = [self._command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
-            lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, self._measuring(run.last.key)]
+            measuring = self._measuring(run.last.key, self.names_of(run))
+            lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, measuring]
         for name, key in merged_keys(self.grid).items():
             own = self._command("train/merge.py", self.merging(name), self.folder_of(key))
-            lines[f"{name}, seeds merged"] = [own, self._measuring(key)]
+            lines[f"{name}, seeds merged"] = [own, self._measuring(key, [])]
         return lines
 
     def _command(self, script: str, arguments: list[str], output_dir: Path) -> str:
         start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
         return shlex.join([*start, script, *arguments, "--output_dir", str(output_dir)])
 
-    def _measuring(self, key: str) -> str:
-        arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options]
+    def names_of(self, run: Run) -> list[str]:
+        """The tasks that a run is measured on, where these are not all: those whose training splits it leaves out."""
+        return self.grid.zero_shot.get(cell_name(run.cell), [])
+
+    def _measuring(self, key: str, names: list[str]) -> str:
+        arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options(names)]
         return self._command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
 
-    @property
-    def _options(self) -> list[str]:
-        return ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
+    def _options(self, names: list[str]) -> list[str]:
+        options = ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
+        return options + (["--names", *names] if names else [])
 
-    def _measure(self, key: str, environment: dict[str, str]) -> dict[str, float]:
+    def _measure(self, key: str, names: list[str], environment: dict[str, str]) -> dict[str, float]:
         with self._log(key + MEASURING) as log:
             where = {"stdout": log, "stderr": log, "env": environment}
             folder = self.folder / "scores" / key
-            return score(str(self.folder_of(key)), self.grid.tasks, folder, *self._options, **where)
+            return score(str(self.folder_of(key)), self.grid.tasks, folder, *self._options(names), **where)
 
     def _merge(self, pool: ThreadPoolExecutor) -> None:
         """Makes and measures the mean of each cell's seeds, where all of them are there."""
@@ -275,7 +281,7 @@ class Runner:
             making = self._submit(pool, key, self._checkpoint, key, "train/merge.py", self.merging(name))
             found, error = self._take(making, key)
             if error is None:
-                found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key), key + MEASURING)
+                found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key, []), key + MEASURING)
             if error is None:
                 self.results.scores[key] = found
             else:

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
 import mteb
@@ -18,17 +18,18 @@ logger = logging.getLogger(__name__)
 PAPER_BENCHMARK = "MTEB(eng, v1)"  # the paper's 56 tasks
 
 
-def select_tasks(names: Iterable[str]) -> list[AbsTask]:
+def select_tasks(names: Iterable[str], only: Collection[str] | None = None) -> list[AbsTask]:
     """The tasks that the names stand for, in order and without duplicates.
 
     A task of the paper's benchmark is taken from it, with its language and split.
 
     Args:
         names: of benchmarks or tasks of mteb, or paths of YAML files (see `nvembed.eval.tasks.local`).
+        only: names of the tasks to take of these; None: all.
 
     Raises:
-        ValueError: a name is unknown (the error suggests similar ones), two different tasks share a name, or a file is
-            invalid.
+        ValueError: a name is unknown (the error suggests similar ones), two different tasks share a name, a file is
+            invalid, or there is no task of a name in `only`.
     """
     tasks: dict[str, AbsTask] = {}
     for name in names:
@@ -41,7 +42,10 @@ def select_tasks(names: Iterable[str]) -> list[AbsTask]:
                 raise ValueError(f"two tasks are called {task.metadata.name!r}; give the local one another `name:`")
     if not tasks:
         raise ValueError(f"no tasks: name a benchmark such as {PAPER_BENCHMARK!r}, tasks, or a YAML file of local ones")
-    return list(tasks.values())
+    for name in only or ():
+        if name not in tasks:
+            raise ValueError(f"--names {name!r} is none of the tasks, which are {', '.join(tasks)}")
+    return [task for name, task in tasks.items() if only is None or name in only]
 
 
 def _mteb_tasks(name: str) -> list[AbsTask]:

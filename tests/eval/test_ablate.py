@@ -17,7 +17,7 @@ import yaml
 
 from nvembed.eval.ablation.claims import judge, p_value
 from nvembed.eval.ablation.grid import Claim, Grid, check_options, find_grid
-from nvembed.eval.ablation.page import put_section, section, zero_shot_rows
+from nvembed.eval.ablation.page import drawn, put_section, section, zero_shot_rows
 from nvembed.eval.ablation.runner import (
     MERGED,
     Results,
@@ -265,7 +265,7 @@ def test_claims_by_a_paired_t_test(write_grid):
     assert p_value([1.0, 1.0, 1.0]) is None, "no training gives this"
 
 
-def test_seen_and_zero_shot_stand_side_by_side(write_grid):
+def test_seen_and_zero_shot_stand_side_by_side(write_grid, tmp_path):
     axes = {"left out": {"nothing": {}, "a": {"stage1": {"leave_out": ["a"]}}}}
     grid = Grid.read(write_grid(axes=axes, zero_shot={"a": "scored"}, seeds=[1, 2], **PLAIN))
     table = {
@@ -273,7 +273,12 @@ def test_seen_and_zero_shot_stand_side_by_side(write_grid):
         "a": {"1": {"scored": 60.0}, "2": {"scored": 61.0}},
     }
     rows = zero_shot_rows(grid, table)
-    assert rows[1] == ["scored", "71.00 ± 1.41", "60.50 ± 0.71"] and rows[2][1:] == rows[1][1:]
+    assert rows[1] == ["scored", "71.00 ± 1.41", "60.50 ± 0.71"]
+    assert rows[2] == ["average", "71.00 ± 1.41 (2)", "60.50 ± 0.71 (2)"]
+    assert drawn(grid, table) == {"scored, seen": [70.0, 72.0], "scored, zero-shot": [60.0, 61.0]}
+    commands = Runner(grid, tmp_path / "out", Results({})).commands()
+    assert "--names scored" in commands["a, seed 1"][-1]
+    assert "--names" not in commands["nothing, seed 1"][-1]
 
 
 @pytest.mark.parametrize("visible", ["", "4,5"])

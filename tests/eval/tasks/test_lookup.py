@@ -30,6 +30,13 @@ def test_every_task_of_the_paper_has_an_instruction(caplog):
     assert languages == {"default", "en", "en-en"}
 
 
+def test_some_tasks_of_all_are_taken_by_their_names():
+    some = select_tasks([PAPER_BENCHMARK], ["STS12", "SciFact"])
+    assert sorted(task.metadata.name for task in some) == ["STS12", "SciFact"]
+    with pytest.raises(ValueError, match="--names 'STS21' is none of the tasks, which are .*STS12"):
+        select_tasks([PAPER_BENCHMARK], ["STS12", "STS21"])
+
+
 def test_every_task_of_todays_benchmarks_has_an_instruction():
     """mteb's lists walked: MTEB(eng), RTEB in all languages and domains, BRIGHT in all versions; ours are marked so."""
     missing, benchmarks = set(), [b for b in mteb.get_benchmarks() if b.name.startswith(("MTEB(eng", "RTEB", "BRIGHT"))]

@@ -141,11 +141,11 @@ def test_an_embedding_teacher_ranks_by_its_vectors(recipe, checkpoint, tmp_path)
     change(
         recipe,
         datasets=[{"path": "data/search"}, {"path": "data/sts"}],
-        teacher={"model": str(checkpoint), "max_length": 64},
+        teacher={"model": "an/other", "max_length": 64},
         mining={"last_rank": 10, "fill": False},
         decontaminate=None,
     )
-    manifest = build(recipe, tmp_path / "out")
+    manifest = build(recipe, tmp_path / "out", teacher=str(checkpoint))
     model = NVEmbedModel.from_pretrained(checkpoint)
     prompt = format_instruction(INSTRUCTION)
     for name, on_documents in (("search", ""), ("sts", prompt)):
@@ -161,7 +161,7 @@ def test_an_embedding_teacher_ranks_by_its_vectors(recipe, checkpoint, tmp_path)
     with (tmp_path / "data" / "search" / "corpus.jsonl").open("a") as file:
         file.write(json.dumps({"_id": "new", "text": "one more"}) + "\n")
     with pytest.raises(ValueError, match="holds a build of something else: search: corpus.jsonl has changed"):
-        build(recipe, tmp_path / "out")
+        build(recipe, tmp_path / "out", teacher=str(checkpoint))
 
 
 def test_a_cross_encoder_scores_what_bm25_found(recipe, tmp_path):
