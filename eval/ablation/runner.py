@@ -19,7 +19,8 @@ from queue import Queue
 import torch
 from filelock import FileLock, Timeout
 
-from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, cell_name, code_digest, made_of
+from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, cell_name
+from nvembed.eval.ablation.provenance import code_digest, made_of
 from nvembed.eval.commands import TRAININGS, make_checkpoint, score
 from nvembed.eval.files import write_json
 
@@ -36,7 +37,7 @@ class Results:
     """What a grid has given so far, as `grid.json` keeps it.
 
     Args:
-        made_of: recipes, data and tasks (`grid.made_of`); results of others are not mixed in.
+        made_of: recipes, data and tasks (`provenance.made_of`); results of others are not mixed in.
         scores: key of a run's last step, or of a mean of checkpoints -> task -> score in percent, and "average".
         seconds: key of a step, or of a measurement -> how long it took, failed attempts included.
         code: key of a step, or of a measurement -> digest of the code that made it.

@@ -312,7 +312,7 @@ def test_the_grids_of_the_house_are_grids(file):
 
 
 def test_the_grids_recipes_are_the_houses_own():
-    """On held-out splits, and with classes by their labels; in all else smollm2.yaml."""
+    """On held-out splits, with classes by their labels, and with built retrieval sets; in all else smollm2.yaml."""
     folder = ROOT / "eval/ablations"
     ours = (ROOT / "train/recipes/smollm2.yaml").read_text()
     held_out, labels = ((folder / f"{name}-recipe.yaml").read_text() for name in ("held-out", "labels"))
@@ -320,3 +320,10 @@ def test_the_grids_recipes_are_the_houses_own():
     assert yaml.safe_load(held_out) == as_held_out
     by_labels = re.sub("kind: (classification|clustering)", "kind: label_classification", held_out)
     assert yaml.safe_load(labels) == yaml.safe_load(by_labels)
+    built = yaml.safe_load((folder / "built-recipe.yaml").read_text())
+    for stage in ("stage1", "stage2"):
+        for entry in as_held_out[stage]["datasets"]:
+            if entry["kind"] == "retrieval":
+                entry["set"] = Path(entry.pop("path")).name
+                del entry["kind"], entry["instruction"]  # which the built set has
+    assert built == as_held_out

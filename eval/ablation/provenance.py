@@ -1,0 +1,57 @@
+"""What decides a grid's scores beside its options: data, tasks, bases and code, as digests that tell others apart."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+
+from nvembed.eval.ablation.grid import Grid, as_list
+from nvembed.eval.commands import ROOT
+from nvembed.eval.files import sha256
+
+
+def data_of(file: Path) -> dict[str, str]:
+    """SHA-256 of the local files that a recipe's sets, or a tasks file's tasks, name: by file and path."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    folder = next((part["data_dir"] for part in parts if part.get("data_dir")), None)
+    digests = {}
+    for entry in (entry for part in parts for key in ("datasets", "tasks") for entry in as_list(part.get(key))):
+        name = entry if isinstance(entry, str) else entry.get("path")
+        if name is None and folder is not None and entry.get("set"):
+            name = str(Path(folder).absolute() / entry["set"])  # what build_data.py wrote
+        if name is not None and (path := file.parent / Path(name).expanduser()).exists():
+            digests |= {f"{file.name}: {key}": digest for key, digest in digest_path(path, name).items()}
+    return digests
+
+
+def digest_path(path: Path, name: str) -> dict[str, str]:
+    """SHA-256 of a file, or of all files of a folder, by their names."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(Path(name, file.relative_to(path))): sha256(file) for file in files if file.is_file()}
+
+
+def made_of(grid: Grid) -> dict:
+    """What decides a grid's scores beside its options, which are in the keys of its runs, and the code.
+
+    Recipes' and tasks' data, what options name on disk (a base), the tasks, and how they are measured.
+    """
+    runs = grid.runs()
+    steps = [step for run in runs for step in run.last.chain]
+    files = {step.recipe for step in steps if step.recipe is not None} | {Path(task) for task in grid.tasks}
+    known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
+    known |= {"start": grid.start, "zero_shot": grid.zero_shot, "files": {}}
+    for file in sorted(file for file in files if file.is_file()):
+        known["files"] |= {file.name: sha256(file)} | data_of(file)
+    for value in sorted({part for step in steps for part in step.options} | ({grid.start} - {None})):
+        if "/" in value and Path(value).exists():
+            known["files"] |= digest_path(Path(value), value)
+    return known
+
+
+def code_digest() -> str:
+    """Of the code that trains and measures, so that results of different code are told apart."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "train").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    digests = {str(file.relative_to(ROOT)): sha256(file) for file in sorted(files)}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]
