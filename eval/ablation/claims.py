@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from nvembed.eval.ablation.grid import Claim, Grid, cell_name
+from nvembed.eval.ablation.grid import Claim, Grid, Table, cell_name
 
 
 LEVEL = 0.05
@@ -40,7 +40,7 @@ class Verdict:
         return "holds" if statistics.mean(self.differences) > 0 else "does not hold: the opposite does"
 
 
-def judge(grid: Grid, scores: dict[str, dict[str, dict[str, float]]], claim: Claim) -> Verdict:
+def judge(grid: Grid, scores: Table, claim: Claim) -> Verdict:
     """Tests one claim on the scores of `Results.by_cell`."""
     pairs = matched(grid, claim)
     differences = []

@@ -23,6 +23,8 @@ SCRIPTS = {
 WITHOUT_RECIPE = ("init",)
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
+Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score in percent
+OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
 KEYS = {
     "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
     "minutes", "paper", "claims", "merge_seeds", "zero_shot",
@@ -99,8 +101,8 @@ class Grid:
         minutes: step -> how long it takes, for the estimate; `measure` among them.
         paper: cell, as "value, value" -> the paper's score.
         merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
-        zero_shot: cell -> the tasks whose own training splits it leaves out, and which alone it is measured on; the one
-            cell beside them sees all.
+        zero_shot: axis -> value -> the tasks whose own training splits it leaves out, and which alone it is measured
+            on; all values of the axis but one, which leaves out nothing.
     """
 
     file: Path
@@ -119,7 +121,7 @@ class Grid:
     paper: dict[str, float] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     merge_seeds: bool = False
-    zero_shot: dict[str, list[str]] = field(default_factory=dict)
+    zero_shot: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> "Grid":
@@ -153,7 +155,10 @@ class Grid:
         for place, options in content["options"].items():
             mapping(options, f"{file}: options: {place}")
         zero_shot = mapping(content.get("zero_shot", {}), f"{file}: zero_shot")
-        content["zero_shot"] = {str(cell): as_list(tasks) for cell, tasks in zero_shot.items()}
+        for axis, tasks_of in zero_shot.items():
+            tasks_of = mapping(tasks_of, f"{file}: zero_shot: {axis}")
+            zero_shot[axis] = {str(value): as_list(tasks) for value, tasks in tasks_of.items()}
+        content["zero_shot"] = zero_shot
         content["claims"] = [read_claim(file, claim) for claim in content.get("claims", [])]
         content.setdefault("steps", ["init", "stage1", "stage2"])
         content.setdefault("seeds", [42, 43, 44])
@@ -181,24 +186,34 @@ class Grid:
             raise ValueError(f"{self.file}: two cells are called {twice[0]!r}; give their values other names")
         for cell in self.cells():
             self._check_cell(cell)
-        for key, named in (("paper", self.paper), ("zero_shot", self.zero_shot)):
-            if unknown := named.keys() - {*names}:
-                known = ", ".join(sorted(names))
-                raise ValueError(f"{self.file}: {key} has {min(unknown)!r}, which is no cell; cells are {known}")
-        if self.zero_shot and len(names) != len(self.zero_shot) + 1:
-            raise ValueError(f"{self.file}: zero_shot must have all cells but one, the one that sees all sets")
-        scores = known_scores(self.tasks)
-        for score in [*chain(*self.zero_shot.values()), *(claim.score for claim in self.claims)]:
+        if unknown := self.paper.keys() - {*names}:
+            known = ", ".join(sorted(names))
+            raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {known}")
+        scores, values = known_scores(self.tasks), self._claimable()
+        left_out = chain(*(tasks for tasks_of in self.zero_shot.values() for tasks in tasks_of.values()))
+        for score in [*left_out, *(claim.score for claim in self.claims)]:
             if scores and score not in scores:
                 raise ValueError(f"{self.file} names the score {score!r}; the tasks give {', '.join(sorted(scores))}")
         for claim in self.claims:
             for axis, value in [*claim.better.items(), *claim.worse.items()]:
-                if value not in self.axes.get(axis, {}):
+                if value not in values.get(axis, ()):
                     raise ValueError(f"{self.file}: claim {claim.text!r} names {axis}: {value}, which is no value")
             if claim.better.keys() != claim.worse.keys() or claim.better == claim.worse:
                 raise ValueError(
                     f"{self.file}: claim {claim.text!r} must name other values of the same axes as better and worse"
                 )
+
+    def _claimable(self) -> dict[str, set[str]]:
+        """The values of each axis that a claim may name; of the one that leaves sets out, nothing and `OWN`."""
+        values = {axis: {*values} for axis, values in self.axes.items()}
+        for axis, tasks_of in self.zero_shot.items():
+            known = values.get(axis, set())
+            if len(self.zero_shot) > 1 or tasks_of.keys() - known or len(known - tasks_of.keys()) != 1:
+                raise ValueError(
+                    f"{self.file}: zero_shot must have one axis, and all of its values but the one that leaves out nothing"
+                )
+            values[axis] = (known - tasks_of.keys()) | {OWN}
+        return values
 
     def _check_change(self, where: str, change: Mapping) -> None:
         for key, options in change.items():
@@ -227,6 +242,10 @@ class Grid:
     def _steps(self, cell: tuple[tuple[str, str], ...]) -> list[str]:
         changes = (self.axes[axis][value] for axis, value in cell)
         return next((change["steps"] for change in changes if "steps" in change), self.steps)
+
+    def left_out(self, cell: tuple[tuple[str, str], ...]) -> list[str]:
+        """The tasks whose own training splits a cell leaves out; of a grid that is not zero-shot, none."""
+        return [task for axis, value in cell for task in self.zero_shot.get(axis, {}).get(value, ())]
 
     def changes(self) -> Iterator[dict]:
         for values in self.axes.values():

@@ -7,29 +7,25 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
-from nvembed.eval.ablation.grid import Grid, cell_name
+from nvembed.eval.ablation.grid import OWN, Grid, Table, cell_name
 from nvembed.eval.ablation.runner import MERGED, Results
+from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
 from nvembed.eval.markdown_table import markdown_table
 
 
-Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score
-
-
 def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     """Markdown; `picture` is the chart's path as the page sees it, `command` what one types to make the section."""
-    table = results.by_cell(grid)
+    is_zero_shot = bool(grid.zero_shot)
+    grid, table = folded(grid, results.by_cell(grid))
     hours = sum(results.seconds.values()) / 3600
     digests = sorted({*results.code.values()})
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
-    if grid.zero_shot:
-        lines += [markdown_table(zero_shot_rows(grid, table), 1), ""]
-    else:
-        lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
+    lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
     legend = ["Scores in percent: the mean over seeds ± their standard deviation (seeds)."]
     legend += ["The paper's are averages of 56 tasks of MTEB, of a model of 7 B."] if grid.paper else []
-    if grid.zero_shot:
-        legend.append("Zero-shot: the task's own training split was left out, all others were trained on.")
+    if is_zero_shot:
+        legend.append(f"{OWN}: each task by a model that was trained on all sets but the task's own, so zero-shot.")
     lines.append(" ".join(legend))
     if grid.claims:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]
@@ -67,29 +63,6 @@ def score_rows(grid: Grid, table: Table) -> list[list[str]]:
     return rows
 
 
-def seeing(grid: Grid) -> str:
-    """The cell of a zero-shot grid that leaves nothing out."""
-    (name,) = {cell_name(cell) for cell in grid.cells()} - grid.zero_shot.keys()
-    return name
-
-
-def zero_shot_rows(grid: Grid, table: Table) -> list[list[str]]:
-    """Header, one row a task, and the averages: of the cell that sees all sets, and of those without the task's own."""
-    rows = [["task", "seen", "zero-shot"]]
-    seen, unseen = {}, {}
-    for cell, tasks in grid.zero_shot.items():
-        for task in tasks:
-            for kind, name in ((seen, seeing(grid)), (unseen, cell)):
-                kind[task] = {seed: one[task] for seed, one in table[name].items() if seed != MERGED}
-            rows.append([task, shown(list(seen[task].values())), shown(list(unseen[task].values()))])
-    averages = []
-    for kind in (seen, unseen):
-        seeds = set.intersection(*(set(by_seed) for by_seed in kind.values()))
-        means = [statistics.mean(by_seed[seed] for by_seed in kind.values()) for seed in sorted(seeds)]
-        averages.append(shown(means, with_count=True))
-    return [*rows, ["average", *averages]]
-
-
 def shown(scores: list[float], with_count: bool = False) -> str:
     if not scores:
         return "-"
@@ -111,33 +84,20 @@ def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
     return rows
 
 
-def drawn(grid: Grid, table: Table) -> dict[str, list[float]]:
-    """What the chart shows: a score of each seed by what it is of; the averages, or each task seen and zero-shot."""
-
-    def of_seeds(cell: str, task: str) -> list[float]:
-        return [one[task] for seed, one in table[cell].items() if seed != MERGED]
-
-    if not grid.zero_shot:
-        return {name: of_seeds(name, "average") for name in map(cell_name, grid.cells())}
-    rows = {}
-    for cell, tasks in grid.zero_shot.items():
-        for task in tasks:
-            rows |= {f"{task}, seen": of_seeds(seeing(grid), task), f"{task}, zero-shot": of_seeds(cell, task)}
-    return rows
-
-
 def draw(grid: Grid, results: Results, path: Path) -> None:
-    """The scores of every cell: one dot a seed, a bar at their mean."""
-    rows = drawn(grid, results.by_cell(grid))
-    figure = Figure(figsize=(7, 0.8 + 0.33 * len(rows)), layout="constrained")
+    """The averages of every cell: one dot a seed, a bar at their mean."""
+    grid, table = folded(grid, results.by_cell(grid))
+    cells = [cell_name(cell) for cell in grid.cells()]
+    figure = Figure(figsize=(7, 0.8 + 0.33 * len(cells)), layout="constrained")
     axes = figure.subplots()
-    for place, scores in enumerate(rows.values()):
+    for place, name in enumerate(cells):
+        scores = [one["average"] for seed, one in table[name].items() if seed != MERGED]
         if scores:
             axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color="#D55E00", linewidth=2)
             axes.plot(scores, [place] * len(scores), "o", color="#0072B2", markersize=5, alpha=0.8)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(cells)), cells)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{'' if grid.zero_shot else 'average '}score, %; a dot a seed, a line at the mean")
+    axes.set_xlabel("average score, %; a dot a seed, a line at the mean")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

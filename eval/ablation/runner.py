@@ -19,7 +19,7 @@ from queue import Queue
 import torch
 from filelock import FileLock, Timeout
 
-from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, cell_name
+from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, Table, cell_name
 from nvembed.eval.ablation.provenance import code_digest, made_of
 from nvembed.eval.commands import TRAININGS, make_checkpoint, score
 from nvembed.eval.files import write_json
@@ -54,9 +54,9 @@ class Results:
         """The runs without scores."""
         return [run for run in grid.runs() if run.last.key not in self.scores]
 
-    def by_cell(self, grid: Grid) -> dict[str, dict[str, dict[str, float]]]:
+    def by_cell(self, grid: Grid) -> Table:
         """Cell -> seed, as text, or "merged" -> scores, of this grid's cells and seeds."""
-        table: dict[str, dict[str, dict[str, float]]] = {cell_name(cell): {} for cell in grid.cells()}
+        table: Table = {cell_name(cell): {} for cell in grid.cells()}
         for run in grid.runs():
             if run.last.key in self.scores:
                 table[cell_name(run.cell)][str(run.seed)] = self.scores[run.last.key]
@@ -168,7 +168,7 @@ class Runner:
                         runs.remove(run)
                     elif len(working) < self.jobs and not missing:
                         runs.remove(run)
-                        key, names = run.last.key, self.names_of(run)
+                        key, names = run.last.key, self.grid.left_out(run.cell)
                         working[self._submit(pool, key + MEASURING, self._measure, key, names)] = run
                     elif len(working) < self.jobs and missing[0] not in working.values():
                         working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
@@ -245,7 +245,7 @@ class Runner:
         lines = {}
         for run in self.grid.runs():
             own = [self._command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
-            measuring = self._measuring(run.last.key, self.names_of(run))
+            measuring = self._measuring(run.last.key, self.grid.left_out(run.cell))
             lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, measuring]
         for name, key in merged_keys(self.grid).items():
             own = self._command("train/merge.py", self.merging(name), self.folder_of(key))
@@ -256,11 +256,8 @@ class Runner:
         start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
         return shlex.join([*start, script, *arguments, "--output_dir", str(output_dir)])
 
-    def names_of(self, run: Run) -> list[str]:
-        """The tasks that a run is measured on, where these are not all: those whose training splits it leaves out."""
-        return self.grid.zero_shot.get(cell_name(run.cell), [])
-
     def _measuring(self, key: str, names: list[str]) -> str:
+        """The command that measures a checkpoint, on tasks of these names if there are any, else on all."""
         arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options(names)]
         return self._command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
 

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from nvembed.eval.ablation.claims import judge, p_value
-from nvembed.eval.ablation.grid import Claim, Grid, check_options, find_grid
-from nvembed.eval.ablation.page import drawn, put_section, section, zero_shot_rows
+from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options, find_grid
+from nvembed.eval.ablation.page import put_section, section
 from nvembed.eval.ablation.runner import (
     MERGED,
     Results,
@@ -28,6 +28,7 @@ from nvembed.eval.ablation.runner import (
     estimate,
     open_results,
 )
+from nvembed.eval.ablation.zero_shot import folded
 from nvembed.modeling_nvembed import NVEmbedModel
 from tests.triplets import write_jsonl, write_similarity_task
 
@@ -192,8 +193,16 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
         ({"paper": {"median": 1.0}}, "paper has 'median', which is no cell"),
-        ({"zero_shot": {"mean": "scored", "eos": "scored"}}, "zero_shot must have all cells but one"),
-        ({"zero_shot": {"mean": "skored"}}, "names the score 'skored'; the tasks give average, scored"),
+        (
+            {"zero_shot": {"pooling": {"mean": "scored", "eos": "scored"}}},
+            "zero_shot must have one axis",
+        ),
+        ({"zero_shot": {"poling": {"mean": "scored"}}}, "and all of its values but the one that leaves"),
+        ({"zero_shot": {"mean": "scored"}}, "zero_shot: mean is 'scored'; it must be a mapping"),
+        (
+            {"zero_shot": {"pooling": {"mean": "skored"}}, **PLAIN},
+            "names the score 'skored'; the tasks give",
+        ),
         ({"claims": [CLAIM | {"better": {"pooling": "max"}}]}, "names pooling: max, which is no value"),
         ({"claims": [CLAIM | {"worse": {}}]}, "must name other values of the same axes"),
         ({"claims": [{"text": "x", "beter": {}}]}, "must have text, better, worse"),
@@ -265,20 +274,32 @@ def test_claims_by_a_paired_t_test(write_grid):
     assert p_value([1.0, 1.0, 1.0]) is None, "no training gives this"
 
 
-def test_seen_and_zero_shot_stand_side_by_side(write_grid, tmp_path):
-    axes = {"left out": {"nothing": {}, "a": {"stage1": {"leave_out": ["a"]}}}}
-    grid = Grid.read(write_grid(axes=axes, zero_shot={"a": "scored"}, seeds=[1, 2], **PLAIN))
-    table = {
-        "nothing": {"1": {"scored": 70.0}, "2": {"scored": 72.0}},
-        "a": {"1": {"scored": 60.0}, "2": {"scored": 61.0}},
+def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, tmp_path):
+    """Two recipes; the folded table by hand; a run is measured on what it leaves out alone."""
+    axes = {
+        "recipe": {"old": {}, "new": {"stage1": {"temperature": 0.05}}},
+        "left out": {"nothing": {}, "a": {"stage1": {"leave_out": ["a"]}}},
     }
-    rows = zero_shot_rows(grid, table)
-    assert rows[1] == ["scored", "71.00 ± 1.41", "60.50 ± 0.71"]
-    assert rows[2] == ["average", "71.00 ± 1.41 (2)", "60.50 ± 0.71 (2)"]
-    assert drawn(grid, table) == {"scored, seen": [70.0, 72.0], "scored, zero-shot": [60.0, 61.0]}
+    claim = {"text": "x", "better": {"recipe": "new", "left out": OWN}, "worse": {"recipe": "old", "left out": OWN}}
+    zero_shot = {"left out": {"a": "scored"}}
+    grid = Grid.read(write_grid(axes=axes, zero_shot=zero_shot, seeds=[1, 2], **PLAIN | {"claims": [claim]}))
+    table = {
+        "old, nothing": {"1": {"scored": 70.0, "other": 1.0}, "2": {"scored": 72.0, "other": 1.0}},
+        "old, a": {"1": {"scored": 60.0}, "2": {"scored": 61.0}},
+        "new, nothing": {"1": {"scored": 75.0}},
+        "new, a": {"1": {"scored": 62.0}, "2": {"scored": 66.0}},
+    }
+    view, scores = folded(grid, table)
+    assert scores == {
+        "old, nothing": {seed: {"scored": score, "average": score} for seed, score in (("1", 70.0), ("2", 72.0))},
+        f"old, {OWN}": {seed: {"scored": score, "average": score} for seed, score in (("1", 60.0), ("2", 61.0))},
+        "new, nothing": {"1": {"scored": 75.0, "average": 75.0}},
+        f"new, {OWN}": {seed: {"scored": score, "average": score} for seed, score in (("1", 62.0), ("2", 66.0))},
+    }
+    assert judge(view, scores, view.claims[0]).differences == [2.0, 5.0]
     commands = Runner(grid, tmp_path / "out", Results({})).commands()
-    assert "--names scored" in commands["a, seed 1"][-1]
-    assert "--names" not in commands["nothing, seed 1"][-1]
+    assert "--names scored" in commands["old, a, seed 1"][-1]
+    assert "--names" not in commands["old, nothing, seed 1"][-1]
 
 
 @pytest.mark.parametrize("visible", ["", "4,5"])

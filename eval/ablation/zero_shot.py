@@ -1,0 +1,31 @@
+"""Zero-shot scores: of each task, by the run that left its own training split out."""
+
+import statistics
+from dataclasses import replace
+
+from nvembed.eval.ablation.grid import OWN, Grid, Table, cell_name
+
+
+def folded(grid: Grid, table: Table) -> tuple[Grid, Table]:
+    """A zero-shot grid and its scores as those of a plain one; any other as it is.
+
+    The axis that leaves sets out becomes one of two values: the one that leaves out nothing, and `OWN`, whose score of
+    a task is that of the run without the task's own set. Seeds that lack a score are left out.
+    """
+    if not grid.zero_shot:
+        return grid, table
+    ((axis, tasks_of),) = grid.zero_shot.items()
+    (nothing,) = grid.axes[axis].keys() - tasks_of.keys()
+    view = replace(grid, axes=grid.axes | {axis: {nothing: {}, OWN: {}}}, zero_shot={})
+    scores: Table = {}
+    for cell in view.cells():
+        by_seed = scores.setdefault(cell_name(cell), {})
+        for seed in map(str, grid.seeds):
+            found = {}
+            for value, tasks in tasks_of.items():
+                own = dict(cell) | ({axis: value} if dict(cell)[axis] == OWN else {})
+                measured = table[cell_name(tuple(own.items()))].get(seed, {})
+                found |= {task: measured[task] for task in tasks if task in measured}
+            if len(found) == sum(map(len, tasks_of.values())):
+                by_seed[seed] = found | {"average": statistics.mean(found.values())}
+    return view, scores
