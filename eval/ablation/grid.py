@@ -209,9 +209,8 @@ class Grid:
         for axis, tasks_of in self.zero_shot.items():
             known = values.get(axis, set())
             if len(self.zero_shot) > 1 or tasks_of.keys() - known or len(known - tasks_of.keys()) != 1:
-                raise ValueError(
-                    f"{self.file}: zero_shot must have one axis, and all of its values but the one that leaves out nothing"
-                )
+                all_but = "all of its values but the one that leaves out nothing"
+                raise ValueError(f"{self.file}: zero_shot must have one axis, and {all_but}")
             values[axis] = (known - tasks_of.keys()) | {OWN}
         return values
 
