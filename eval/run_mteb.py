@@ -31,7 +31,7 @@ class MtebArguments(EvaluationArguments):
         default_factory=lambda: [PAPER_BENCHMARK],
         metadata={"help": "Benchmarks or tasks of mteb, or YAML files that name folders of your own."},
     )
-    names: list[str] | None = field(default=None, metadata={"help": "Of all these tasks, those to measure."})
+    task_names: list[str] | None = field(default=None, metadata={"help": "Of all these tasks, those to measure."})
     query_model: str | None = field(
         default=None, metadata={"help": "Another model for the queries of retrieval tasks; `model` embeds documents."}
     )
@@ -51,7 +51,7 @@ def run(args: MtebArguments) -> dict | None:
         ValueError: as `select_tasks`, `load_model`, `claim_folder`, `check_cached` and `measure`.
         ConnectionError: as `measure`.
     """
-    tasks = select_tasks(args.tasks, args.names)
+    tasks = select_tasks(args.tasks, args.task_names)
     certificate = read_training_data(args.model, args.revision)
     if args.query_model is not None:
         check_retrieval(tasks)

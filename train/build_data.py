@@ -40,7 +40,8 @@ class BuildArguments(ExecutorArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Folder to build in; run again to resume."})
     sets: list[str] | None = field(default=None, metadata={"help": "Of the recipe's sets, build these alone."})
     teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the model that ranks, instead of the recipe's."}
+        default=None,
+        metadata={"help": "Model that ranks (folder or Hub name); the recipe's other settings of `teacher:` stay."},
     )
     list: bool = field(default=False, metadata={"help": "Print the table of the paper's sets and stop."})
 
@@ -109,7 +110,8 @@ def run(args: BuildArguments) -> dict:
         raise ValueError("--recipe and --output_dir are needed, or --list")
     settings, output = read_recipe(find_recipe(args.recipe), args.sets), Path(args.output_dir)
     if args.teacher is not None:
-        settings.teacher = replace(settings.teacher, model=args.teacher)
+        # A branch of the recipe's model, and trust in its code, say nothing of another's.
+        settings.teacher = replace(settings.teacher, model=args.teacher, revision=None, trust_remote_code=False)
     settings.teacher.check()
     claim_output(settings, output)
     sets = build(settings, output, args)

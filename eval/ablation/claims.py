@@ -41,7 +41,7 @@ class Verdict:
 
 
 def judge(grid: Grid, scores: Table, claim: Claim) -> Verdict:
-    """Tests one claim on the scores of `Results.by_cell`."""
+    """Tests one claim on a grid's scores, those of a zero-shot grid `folded`."""
     pairs = matched(grid, claim)
     differences = []
     for seed in map(str, grid.seeds):

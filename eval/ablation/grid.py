@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from itertools import chain, combinations, product
+from itertools import combinations, product
 from pathlib import Path
 
 import yaml
@@ -67,11 +67,18 @@ class Run:
     Args:
         cell: axis -> the name of its value.
         last: the step whose checkpoint is measured.
+        tasks: names of the tasks that it is measured on; none: all of the grid's.
     """
 
     cell: tuple[tuple[str, str], ...]
     seed: int
     last: Step
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of its scores."""
+        return ":".join([self.last.key, *self.tasks])
 
 
 @dataclass(frozen=True)
@@ -154,11 +161,10 @@ class Grid:
         content["options"] = mapping(content.get("options", {}), f"{file}: options")
         for place, options in content["options"].items():
             mapping(options, f"{file}: options: {place}")
-        zero_shot = mapping(content.get("zero_shot", {}), f"{file}: zero_shot")
-        for axis, tasks_of in zero_shot.items():
-            tasks_of = mapping(tasks_of, f"{file}: zero_shot: {axis}")
-            zero_shot[axis] = {str(value): as_list(tasks) for value, tasks in tasks_of.items()}
-        content["zero_shot"] = zero_shot
+        content["zero_shot"] = {
+            str(axis): {str(name): as_list(tasks) for name, tasks in mapping(of, f"{file}: zero_shot: {axis}").items()}
+            for axis, of in mapping(content.get("zero_shot", {}), f"{file}: zero_shot").items()
+        }
         content["claims"] = [read_claim(file, claim) for claim in content.get("claims", [])]
         content.setdefault("steps", ["init", "stage1", "stage2"])
         content.setdefault("seeds", [42, 43, 44])
@@ -187,31 +193,62 @@ class Grid:
         for cell in self.cells():
             self._check_cell(cell)
         if unknown := self.paper.keys() - {*names}:
-            known = ", ".join(sorted(names))
-            raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {known}")
-        scores, values = known_scores(self.tasks), self._claimable()
-        left_out = chain(*(tasks for tasks_of in self.zero_shot.values() for tasks in tasks_of.values()))
-        for score in [*left_out, *(claim.score for claim in self.claims)]:
-            if scores and score not in scores:
-                raise ValueError(f"{self.file} names the score {score!r}; the tasks give {', '.join(sorted(scores))}")
+            raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {listed(names)}")
+        if self.zero_shot:
+            self._check_zero_shot()
+        values, scores = self.claimable(), known_scores(self.tasks)
+        if left_out := self.left_out_by_any():
+            for task in left_out:
+                if scores and task not in scores - {"average"}:
+                    raise ValueError(f"{self.file}: zero_shot names {task!r}; the tasks are {listed(scores)}")
+            scores = {*left_out, "average"}
         for claim in self.claims:
+            if scores and claim.score not in scores:
+                raise ValueError(f"{self.file} names the score {claim.score!r}; the tasks give {listed(scores)}")
             for axis, value in [*claim.better.items(), *claim.worse.items()]:
                 if value not in values.get(axis, ()):
-                    raise ValueError(f"{self.file}: claim {claim.text!r} names {axis}: {value}, which is no value")
+                    raise ValueError(
+                        f"{self.file}: claim {claim.text!r} names {axis}: {value}, which is no value to compare; "
+                        f"these are {listed(values.get(axis, values))}"
+                    )
             if claim.better.keys() != claim.worse.keys() or claim.better == claim.worse:
                 raise ValueError(
                     f"{self.file}: claim {claim.text!r} must name other values of the same axes as better and worse"
                 )
 
-    def _claimable(self) -> dict[str, set[str]]:
-        """The values of each axis that a claim may name; of the one that leaves sets out, nothing and `OWN`."""
-        values = {axis: {*values} for axis, values in self.axes.items()}
+    def _check_zero_shot(self) -> None:
+        """That one axis leaves out sets: each of its values some, for tasks of its own, and one value none."""
+        if len(self.zero_shot) > 1 or self.zero_shot.keys() - self.axes.keys():
+            named = listed(self.zero_shot)
+            raise ValueError(f"{self.file}: zero_shot must name one axis, of {listed(self.axes)}; not {named}")
+        ((axis, tasks_of),) = self.zero_shot.items()
+        for value, change in self.axes[axis].items():
+            leaves_out = any("leave_out" in options for step, options in change.items() if step in SCRIPTS)
+            if leaves_out != bool(tasks_of.get(value)):
+                raise ValueError(
+                    f"{self.file}: {axis}: {value} must leave out a set (leave_out) and name its tasks under "
+                    "zero_shot, or do neither"
+                )
+        if unknown := tasks_of.keys() - self.axes[axis].keys():
+            raise ValueError(f"{self.file}: zero_shot has {min(unknown)!r}; {axis} has {listed(self.axes[axis])}")
+        if len(self.axes[axis]) != len(tasks_of) + 1:
+            raise ValueError(f"{self.file}: {axis} must have one value that leaves out nothing")
+        tasks = self.left_out_by_any()
+        if twice := [task for task in tasks if tasks.count(task) > 1]:
+            raise ValueError(f"{self.file}: zero_shot names {twice[0]!r} twice")
+        for name in ("paper", "merge_seeds"):
+            if getattr(self, name):
+                raise ValueError(f"{self.file}: {name} cannot stand beside zero_shot")
+
+    def left_out_by_any(self) -> list[str]:
+        """The tasks of all values of `zero_shot`."""
+        return [task for tasks_of in self.zero_shot.values() for tasks in tasks_of.values() for task in tasks]
+
+    def claimable(self) -> dict[str, list[str]]:
+        """The values of each axis as the page has them; of the one that leaves sets out, nothing and `OWN`."""
+        values = {axis: [*values] for axis, values in self.axes.items()}
         for axis, tasks_of in self.zero_shot.items():
-            known = values.get(axis, set())
-            if len(self.zero_shot) > 1 or tasks_of.keys() - known or len(known - tasks_of.keys()) != 1:
-                all_but = "all of its values but the one that leaves out nothing"
-                raise ValueError(f"{self.file}: zero_shot must have one axis, and {all_but}")
-            values[axis] = (known - tasks_of.keys()) | {OWN}
+            values[axis] = [value for value in values[axis] if value not in tasks_of] + [OWN]
         return values
 
     def _check_change(self, where: str, change: Mapping) -> None:
@@ -242,9 +279,9 @@ class Grid:
         changes = (self.axes[axis][value] for axis, value in cell)
         return next((change["steps"] for change in changes if "steps" in change), self.steps)
 
-    def left_out(self, cell: tuple[tuple[str, str], ...]) -> list[str]:
+    def _left_out(self, cell: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         """The tasks whose own training splits a cell leaves out; of a grid that is not zero-shot, none."""
-        return [task for axis, value in cell for task in self.zero_shot.get(axis, {}).get(value, ())]
+        return tuple(task for axis, value in cell for task in self.zero_shot.get(axis, {}).get(value, ()))
 
     def changes(self) -> Iterator[dict]:
         for values in self.axes.values():
@@ -255,7 +292,11 @@ class Grid:
 
     def runs(self) -> list[Run]:
         """Every cell of the first seed, then of the next: a grid that is stopped early has compared something."""
-        return [Run(cell, seed, self._last_step(cell, seed)) for seed in self.seeds for cell in self.cells()]
+        return [
+            Run(cell, seed, self._last_step(cell, seed), self._left_out(cell))
+            for seed in self.seeds
+            for cell in self.cells()
+        ]
 
     def _last_step(self, cell: tuple[tuple[str, str], ...], seed: int) -> Step:
         changes = [self.axes[axis][value] for axis, value in cell]
@@ -269,6 +310,10 @@ class Grid:
             spelled = tuple(part for name, value in options.items() for part in spell(name, value))
             last = Step(step, spelled, None if step in WITHOUT_RECIPE else recipe, last)
         return last
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def mapping(value: object, name: str) -> dict:

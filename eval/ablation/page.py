@@ -25,7 +25,7 @@ def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     legend = ["Scores in percent: the mean over seeds ± their standard deviation (seeds)."]
     legend += ["The paper's are averages of 56 tasks of MTEB, of a model of 7 B."] if grid.paper else []
     if is_zero_shot:
-        legend.append(f"{OWN}: each task by a model that was trained on all sets but the task's own, so zero-shot.")
+        legend.append(f"{OWN}: each task by a model that did not see the task's own training split, so zero-shot.")
     lines.append(" ".join(legend))
     if grid.claims:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]

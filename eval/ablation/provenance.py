@@ -41,7 +41,7 @@ def made_of(grid: Grid) -> dict:
     steps = [step for run in runs for step in run.last.chain]
     files = {step.recipe for step in steps if step.recipe is not None} | {Path(task) for task in grid.tasks}
     known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
-    known |= {"start": grid.start, "zero_shot": grid.zero_shot, "files": {}}
+    known |= {"start": grid.start, "files": {}}
     for file in sorted(file for file in files if file.is_file()):
         known["files"] |= {file.name: sha256(file)} | data_of(file)
     for value in sorted({part for step in steps for part in step.options} | ({grid.start} - {None})):

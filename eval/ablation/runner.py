@@ -9,7 +9,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Results:
 
     Args:
         made_of: recipes, data and tasks (`provenance.made_of`); results of others are not mixed in.
-        scores: key of a run's last step, or of a mean of checkpoints -> task -> score in percent, and "average".
+        scores: key of a run, or of a mean of checkpoints -> task -> score in percent, and "average".
         seconds: key of a step, or of a measurement -> how long it took, failed attempts included.
         code: key of a step, or of a measurement -> digest of the code that made it.
         failed: cell -> seed -> why.
@@ -52,14 +52,14 @@ class Results:
 
     def missing(self, grid: Grid) -> list[Run]:
         """The runs without scores."""
-        return [run for run in grid.runs() if run.last.key not in self.scores]
+        return [run for run in grid.runs() if run.key not in self.scores]
 
     def by_cell(self, grid: Grid) -> Table:
         """Cell -> seed, as text, or "merged" -> scores, of this grid's cells and seeds."""
         table: Table = {cell_name(cell): {} for cell in grid.cells()}
         for run in grid.runs():
-            if run.last.key in self.scores:
-                table[cell_name(run.cell)][str(run.seed)] = self.scores[run.last.key]
+            if run.key in self.scores:
+                table[cell_name(run.cell)][str(run.seed)] = self.scores[run.key]
         for name, key in merged_keys(grid).items():
             if key in self.scores:
                 table[name][MERGED] = self.scores[key]
@@ -168,8 +168,7 @@ class Runner:
                         runs.remove(run)
                     elif len(working) < self.jobs and not missing:
                         runs.remove(run)
-                        key, names = run.last.key, self.grid.left_out(run.cell)
-                        working[self._submit(pool, key + MEASURING, self._measure, key, names)] = run
+                        working[self._submit(pool, run.key + MEASURING, self._measure, run.last.key, run.tasks)] = run
                     elif len(working) < self.jobs and missing[0] not in working.values():
                         working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
                 for future in wait(working, return_when=FIRST_COMPLETED).done if working else ():
@@ -179,9 +178,9 @@ class Runner:
                         done |= {job.key} if error is None else set()
                         broken |= {job.key: error} if error is not None else {}
                     else:
-                        found, error = self._take(future, job.last.key + MEASURING)
+                        found, error = self._take(future, job.key + MEASURING)
                         if error is None:
-                            self.results.scores[job.last.key] = found
+                            self.results.scores[job.key] = found
                         else:
                             self._fail(cell_name(job.cell), str(job.seed), error)
                     self.results.save(self.folder)
@@ -245,27 +244,27 @@ class Runner:
         lines = {}
         for run in self.grid.runs():
             own = [self._command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
-            measuring = self._measuring(run.last.key, self.grid.left_out(run.cell))
+            measuring = self._measuring(run.last.key, run.tasks)
             lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, measuring]
         for name, key in merged_keys(self.grid).items():
             own = self._command("train/merge.py", self.merging(name), self.folder_of(key))
-            lines[f"{name}, seeds merged"] = [own, self._measuring(key, [])]
+            lines[f"{name}, seeds merged"] = [own, self._measuring(key, ())]
         return lines
 
     def _command(self, script: str, arguments: list[str], output_dir: Path) -> str:
         start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
         return shlex.join([*start, script, *arguments, "--output_dir", str(output_dir)])
 
-    def _measuring(self, key: str, names: list[str]) -> str:
+    def _measuring(self, key: str, names: Sequence[str]) -> str:
         """The command that measures a checkpoint, on tasks of these names if there are any, else on all."""
         arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options(names)]
         return self._command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
 
-    def _options(self, names: list[str]) -> list[str]:
+    def _options(self, names: Sequence[str]) -> list[str]:
         options = ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
-        return options + (["--names", *names] if names else [])
+        return options + (["--task_names", *names] if names else [])
 
-    def _measure(self, key: str, names: list[str], environment: dict[str, str]) -> dict[str, float]:
+    def _measure(self, key: str, names: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
         with self._log(key + MEASURING) as log:
             where = {"stdout": log, "stderr": log, "env": environment}
             folder = self.folder / "scores" / key
@@ -279,7 +278,7 @@ class Runner:
             making = self._submit(pool, key, self._checkpoint, key, "train/merge.py", self.merging(name))
             found, error = self._take(making, key)
             if error is None:
-                found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key, []), key + MEASURING)
+                found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key, ()), key + MEASURING)
             if error is None:
                 self.results.scores[key] = found
             else:

@@ -15,8 +15,8 @@ def folded(grid: Grid, table: Table) -> tuple[Grid, Table]:
     if not grid.zero_shot:
         return grid, table
     ((axis, tasks_of),) = grid.zero_shot.items()
-    (nothing,) = grid.axes[axis].keys() - tasks_of.keys()
-    view = replace(grid, axes=grid.axes | {axis: {nothing: {}, OWN: {}}}, zero_shot={})
+    axes = {name: dict.fromkeys(values, {}) for name, values in grid.claimable().items()}
+    view = replace(grid, axes=axes, zero_shot={})
     scores: Table = {}
     for cell in view.cells():
         by_seed = scores.setdefault(cell_name(cell), {})
@@ -26,6 +26,6 @@ def folded(grid: Grid, table: Table) -> tuple[Grid, Table]:
                 own = dict(cell) | ({axis: value} if dict(cell)[axis] == OWN else {})
                 measured = table[cell_name(tuple(own.items()))].get(seed, {})
                 found |= {task: measured[task] for task in tasks if task in measured}
-            if len(found) == sum(map(len, tasks_of.values())):
+            if len(found) == len(grid.left_out_by_any()):
                 by_seed[seed] = found | {"average": statistics.mean(found.values())}
     return view, scores

@@ -10,7 +10,7 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nvembed.eval.tasks.instructions import TaskInstruction, find_instruction
-from nvembed.eval.tasks.local import read_tasks
+from nvembed.eval.tasks.local import read_entries, read_tasks
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def select_tasks(names: Iterable[str], only: Collection[str] | None = None) -> l
     tasks: dict[str, AbsTask] = {}
     for name in names:
         is_file = name.endswith((".yaml", ".yml"))
-        for task in read_tasks(name) if is_file else _mteb_tasks(name):
+        for task in read_tasks(name, named_in(name, only)) if is_file else _mteb_tasks(name):
             earlier = tasks.setdefault(task.metadata.name, task)
             if earlier.metadata != task.metadata or getattr(earlier, "instruction", None) != getattr(
                 task, "instruction", None
@@ -44,8 +44,13 @@ def select_tasks(names: Iterable[str], only: Collection[str] | None = None) -> l
         raise ValueError(f"no tasks: name a benchmark such as {PAPER_BENCHMARK!r}, tasks, or a YAML file of local ones")
     for name in only or ():
         if name not in tasks:
-            raise ValueError(f"--names {name!r} is none of the tasks, which are {', '.join(tasks)}")
+            raise ValueError(f"--task_names {name!r} is none of the tasks, which are {', '.join(tasks)}")
     return [task for name, task in tasks.items() if only is None or name in only]
+
+
+def named_in(file: str, names: Collection[str] | None) -> list[str] | None:
+    """Those of the names that are of a file's tasks, so that no other's data is read; None: all."""
+    return None if names is None else [entry.name for entry in read_entries(file) if entry.name in names]
 
 
 def _mteb_tasks(name: str) -> list[AbsTask]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from nvembed.eval.ablation.claims import judge, p_value
+from nvembed.eval.ablation.claims import judge, matched, p_value
 from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options, find_grid
 from nvembed.eval.ablation.page import put_section, section
 from nvembed.eval.ablation.runner import (
@@ -30,6 +30,7 @@ from nvembed.eval.ablation.runner import (
 )
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.modeling_nvembed import NVEmbedModel
+from nvembed.train.data.mining import MiningRules
 from tests.triplets import write_jsonl, write_similarity_task
 
 
@@ -170,6 +171,7 @@ def test_steps_and_recipes_can_be_an_axis(write_grid, tmp_path):
 
 
 PLAIN = {"claims": [], "paper": {}}  # what names the usual cells is left out
+LEFT_OUT = {"sets": {"all": {}, "a": {"stage1": {"leave_out": ["a"]}}}}
 CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}}
 
 
@@ -193,17 +195,21 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
         ({"paper": {"median": 1.0}}, "paper has 'median', which is no cell"),
-        (
-            {"zero_shot": {"pooling": {"mean": "scored", "eos": "scored"}}},
-            "zero_shot must have one axis",
-        ),
-        ({"zero_shot": {"poling": {"mean": "scored"}}}, "and all of its values but the one that leaves"),
+        ({"zero_shot": {"poling": {"mean": "scored"}}}, "zero_shot must name one axis, of pooling; not poling"),
         ({"zero_shot": {"mean": "scored"}}, "zero_shot: mean is 'scored'; it must be a mapping"),
+        ({"zero_shot": {"pooling": {"mean": "scored"}}}, "pooling: mean must leave out a set"),
+        ({"zero_shot": {"sets": {}}, "axes": LEFT_OUT, **PLAIN}, "sets: a must leave out a set .* name its tasks"),
+        ({"zero_shot": {"sets": {"a": "scored", "b": "x"}}, "axes": LEFT_OUT, **PLAIN}, "'b'; sets has a, all"),
+        ({"zero_shot": {"sets": {"a": ["scored", "scored"]}}, "axes": LEFT_OUT, **PLAIN}, "names 'scored' twice"),
+        ({"zero_shot": {"sets": {"a": "average"}}, "axes": LEFT_OUT, **PLAIN}, "zero_shot names 'average'; the tasks"),
         (
-            {"zero_shot": {"pooling": {"mean": "skored"}}, **PLAIN},
-            "names the score 'skored'; the tasks give",
+            {"zero_shot": {"sets": {"a": "scored"}}, "axes": LEFT_OUT, "merge_seeds": True, **PLAIN},
+            "merge_seeds cannot",
         ),
-        ({"claims": [CLAIM | {"better": {"pooling": "max"}}]}, "names pooling: max, which is no value"),
+        (
+            {"claims": [CLAIM | {"better": {"pooling": "max"}}]},
+            "names pooling: max, which is no value .* these are eos",
+        ),
         ({"claims": [CLAIM | {"worse": {}}]}, "must name other values of the same axes"),
         ({"claims": [{"text": "x", "beter": {}}]}, "must have text, better, worse"),
         ({"recipe": "none.yaml"}, "none.yaml, which is neither a file beside it nor a recipe"),
@@ -298,8 +304,8 @@ def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, t
     }
     assert judge(view, scores, view.claims[0]).differences == [2.0, 5.0]
     commands = Runner(grid, tmp_path / "out", Results({})).commands()
-    assert "--names scored" in commands["old, a, seed 1"][-1]
-    assert "--names" not in commands["old, nothing, seed 1"][-1]
+    assert "--task_names scored" in commands["old, a, seed 1"][-1]
+    assert "--task_names" not in commands["old, nothing, seed 1"][-1]
 
 
 @pytest.mark.parametrize("visible", ["", "4,5"])
@@ -329,7 +335,8 @@ def test_the_grids_of_the_house_are_grids(file):
         return
     grid = Grid.read(str(file))
     assert len(grid.seeds) >= 3
-    assert all(judge(grid, {}, claim).differences == [] for claim in grid.claims)
+    view, scores = folded(grid, Results({}).by_cell(grid))
+    assert all(matched(view, claim) and judge(view, scores, claim).differences == [] for claim in view.claims)
 
 
 def test_the_grids_recipes_are_the_houses_own():
@@ -348,3 +355,5 @@ def test_the_grids_recipes_are_the_houses_own():
                 entry["set"] = Path(entry.pop("path")).name
                 del entry["kind"], entry["instruction"]  # which the built set has
     assert built == as_held_out
+    for file in folder.glob("*-data-recipe.yaml"):
+        MiningRules(**yaml.safe_load(file.read_text()).get("mining", {}))

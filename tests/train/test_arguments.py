@@ -157,14 +157,20 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
     monkeypatch.chdir(path.parents[2])
     steps = {"stage1": Stage1Arguments, "stage2": Stage2Arguments, "distill": DistillArguments}
     here = [name for name in steps if name in content or name in path.stem]
+    entries = [entry for part in (content, *map(content.get, here)) for entry in (part or {}).get("datasets", [])]
+    built = [entry["set"] for entry in entries if isinstance(entry, dict) and "set" in entry]
+    for name in built:
+        (tmp_path / name).mkdir(exist_ok=True)  # as build_data.py would, with the instructions in the rows
     if not STAGES.keys() & content.keys():
         here = here or ["stage1"]  # a recipe of one step, which its name tells
     for name in here:
         parser = RecipeParser(ModelArguments, DataArguments, steps[name])
         on_cpu = ["--bf16=false", "--use_cpu=true", "--optim=adamw_torch"]
+        on_cpu += [f"--data_dir={tmp_path}"] if "data_dir" in content else []
         _, data_args, training_args = parser.parse_args_and_config(["--config", str(path), *on_cpu])
         for source in check_sources(data_args.datasets):
-            assert source.kind is not None and (source.instruction is not None or source.set is not None), source
+            has_instruction = source.instruction is not None or source.set is not None or source.name in built
+            assert source.kind is not None and has_instruction, source
         assert training_args.warmup_steps and training_args.output_dir.startswith("runs/")
         if path.stem.startswith("paper"):
             assert training_args.per_device_train_batch_size == 128, "of one process"

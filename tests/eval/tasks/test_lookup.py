@@ -33,7 +33,7 @@ def test_every_task_of_the_paper_has_an_instruction(caplog):
 def test_some_tasks_of_all_are_taken_by_their_names():
     some = select_tasks([PAPER_BENCHMARK], ["STS12", "SciFact"])
     assert sorted(task.metadata.name for task in some) == ["STS12", "SciFact"]
-    with pytest.raises(ValueError, match="--names 'STS21' is none of the tasks, which are .*STS12"):
+    with pytest.raises(ValueError, match="--task_names 'STS21' is none of the tasks, which are .*STS12"):
         select_tasks([PAPER_BENCHMARK], ["STS12", "STS21"])
 
 
