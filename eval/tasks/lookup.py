@@ -32,25 +32,27 @@ def select_tasks(names: Iterable[str], only: Collection[str] | None = None) -> l
             invalid, or there is no task of a name in `only`.
     """
     tasks: dict[str, AbsTask] = {}
+    known: list[str] = []  # of a file's tasks, no data is read but of those to take
     for name in names:
-        is_file = name.endswith((".yaml", ".yml"))
-        for task in read_tasks(name, named_in(name, only)) if is_file else _mteb_tasks(name):
+        if name.endswith((".yaml", ".yml")):
+            own = [entry.name for entry in read_entries(name)]
+            found = read_tasks(name, [task for task in own if only is None or task in only])
+        else:
+            found = _mteb_tasks(name)
+            own = [task.metadata.name for task in found]
+        known += own
+        for task in found:
             earlier = tasks.setdefault(task.metadata.name, task)
             if earlier.metadata != task.metadata or getattr(earlier, "instruction", None) != getattr(
                 task, "instruction", None
             ):
                 raise ValueError(f"two tasks are called {task.metadata.name!r}; give the local one another `name:`")
+    for name in only or ():
+        if name not in known:
+            raise ValueError(f"--task_names {name!r} is none of the tasks, which are {', '.join(known)}")
     if not tasks:
         raise ValueError(f"no tasks: name a benchmark such as {PAPER_BENCHMARK!r}, tasks, or a YAML file of local ones")
-    for name in only or ():
-        if name not in tasks:
-            raise ValueError(f"--task_names {name!r} is none of the tasks, which are {', '.join(tasks)}")
     return [task for name, task in tasks.items() if only is None or name in only]
-
-
-def named_in(file: str, names: Collection[str] | None) -> list[str] | None:
-    """Those of the names that are of a file's tasks, so that no other's data is read; None: all."""
-    return None if names is None else [entry.name for entry in read_entries(file) if entry.name in names]
 
 
 def _mteb_tasks(name: str) -> list[AbsTask]:

@@ -8,6 +8,7 @@ import pytest
 
 from nvembed.eval.tasks.instructions import TaskInstruction, find_instruction, known_instructions
 from nvembed.eval.tasks.lookup import PAPER_BENCHMARK, instructions_for, select_tasks, with_parts
+from tests.triplets import write_similarity_task
 
 
 @pytest.mark.slow
@@ -30,11 +31,19 @@ def test_every_task_of_the_paper_has_an_instruction(caplog):
     assert languages == {"default", "en", "en-en"}
 
 
-def test_some_tasks_of_all_are_taken_by_their_names():
+def test_some_tasks_of_all_are_taken_by_their_names(tmp_path):
+    """Of a file, the data of others is not even read."""
     some = select_tasks([PAPER_BENCHMARK], ["STS12", "SciFact"])
     assert sorted(task.metadata.name for task in some) == ["STS12", "SciFact"]
     with pytest.raises(ValueError, match="--task_names 'STS21' is none of the tasks, which are .*STS12"):
         select_tasks([PAPER_BENCHMARK], ["STS12", "STS21"])
+    write_similarity_task(tmp_path, "pairs", ["one", "two two", "three"])
+    (tmp_path / "empty").mkdir()
+    file = tmp_path / "tasks.yaml"
+    file.write_text(file.read_text()[:-1] + ", {type: STS, path: empty, instruction: Retrieve similar text}]")
+    assert [task.metadata.name for task in select_tasks([str(file)], ["pairs"])] == ["pairs"]
+    with pytest.raises(ValueError, match="--task_names 'pears' is none of the tasks, which are pairs, empty"):
+        select_tasks([str(file)], ["pears"])
 
 
 def test_every_task_of_todays_benchmarks_has_an_instruction():
