@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from nvembed.eval.ablation.grid import Claim, Grid, Table, cell_name
+from nvembed.eval.ablation.grid import Claim, Grid
+from nvembed.eval.ablation.runs import Table, cell_name
 
 
 LEVEL = 0.05

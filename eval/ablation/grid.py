@@ -1,7 +1,5 @@
 """A grid of trainings: a base recipe, axes of overrides, seeds; as YAML, and as the runs that it asks for."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
@@ -9,76 +7,18 @@ from pathlib import Path
 
 import yaml
 
+from nvembed.eval.ablation.runs import SCRIPTS, Run, Step, cell_name, spell
 from nvembed.eval.commands import ROOT, known_options
-from nvembed.eval.files import sha256
 
 
-SCRIPTS = {
-    "init": "train/init_checkpoint.py",
-    "stage1": "train/stage1.py",
-    "stage2": "train/stage2.py",
-    "distill": "train/distill.py",
-    "center": "train/center.py",
-}
 WITHOUT_RECIPE = ("init",)
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
-Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score in percent
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
 KEYS = {
     "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
     "minutes", "paper", "claims", "merge_seeds", "zero_shot",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a run; runs that begin alike share their first steps.
-
-    Args:
-        name: a key of `SCRIPTS`.
-        options: the script's, but for the folders.
-        recipe: file that holds the others; None: there is none.
-        before: the step whose checkpoint it begins with; None: it begins anew, or with the grid's `start`.
-    """
-
-    name: str
-    options: tuple[str, ...]
-    recipe: Path | None
-    before: "Step | None"
-
-    @property
-    def key(self) -> str:
-        """Of its folder: the step's name and a digest of all that leads to it."""
-        parts = [self.name, *self.options, "" if self.recipe is None else sha256(self.recipe)]
-        parts.append("" if self.before is None else self.before.key)
-        return f"{self.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
-
-    @property
-    def chain(self) -> list["Step"]:
-        """The steps from the first to this one."""
-        return [*(self.before.chain if self.before is not None else ()), self]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of one cell.
-
-    Args:
-        cell: axis -> the name of its value.
-        last: the step whose checkpoint is measured.
-        tasks: names of the tasks that it is measured on; none: all of the grid's.
-    """
-
-    cell: tuple[tuple[str, str], ...]
-    seed: int
-    last: Step
-    tasks: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Of its scores."""
-        return ":".join([self.last.key, *self.tasks])
 
 
 @dataclass(frozen=True)
@@ -384,16 +324,6 @@ def find_file(beside: Path, name: str) -> Path:
         if path.is_file():
             return path.resolve()
     raise ValueError(f"{beside} names {name}, which is neither a file beside it nor a recipe that comes with nvembed")
-
-
-def spell(name: str, value: object) -> list[str]:
-    """An option as on the command line."""
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(str(value).lower() if isinstance(value, bool) else str(value) for value in values)]
-
-
-def cell_name(cell: tuple[tuple[str, str], ...]) -> str:
-    return ", ".join(value for _, value in cell)
 
 
 def places(change: Mapping) -> set[str]:

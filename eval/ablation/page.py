@@ -7,8 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
-from nvembed.eval.ablation.grid import OWN, Grid, Table, cell_name
+from nvembed.eval.ablation.grid import OWN, Grid
 from nvembed.eval.ablation.runner import MERGED, Results
+from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
 from nvembed.eval.markdown_table import markdown_table

@@ -19,8 +19,9 @@ from queue import Queue
 import torch
 from filelock import FileLock, Timeout
 
-from nvembed.eval.ablation.grid import SCRIPTS, Grid, Run, Step, Table, cell_name
+from nvembed.eval.ablation.grid import Grid
 from nvembed.eval.ablation.provenance import code_digest, made_of
+from nvembed.eval.ablation.runs import SCRIPTS, Run, Step, Table, cell_name
 from nvembed.eval.commands import TRAININGS, make_checkpoint, score
 from nvembed.eval.files import write_json
 

@@ -3,7 +3,8 @@
 import statistics
 from dataclasses import replace
 
-from nvembed.eval.ablation.grid import OWN, Grid, Table, cell_name
+from nvembed.eval.ablation.grid import OWN, Grid
+from nvembed.eval.ablation.runs import Table, cell_name
 
 
 def folded(grid: Grid, table: Table) -> tuple[Grid, Table]:

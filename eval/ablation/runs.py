@@ -1,0 +1,78 @@
+"""What a grid asks for: commands of the project's scripts, one after the other, that make a checkpoint to measure."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed.eval.files import sha256
+
+
+SCRIPTS = {
+    "init": "train/init_checkpoint.py",
+    "stage1": "train/stage1.py",
+    "stage2": "train/stage2.py",
+    "distill": "train/distill.py",
+    "center": "train/center.py",
+}
+Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score in percent
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a run; runs that begin alike share their first steps.
+
+    Args:
+        name: a key of `SCRIPTS`.
+        options: the script's, but for the folders.
+        recipe: file that holds the others; None: there is none.
+        before: the step whose checkpoint it begins with; None: it begins anew, or with the grid's `start`.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    recipe: Path | None
+    before: "Step | None"
+
+    @property
+    def key(self) -> str:
+        """Of its folder: the step's name and a digest of all that leads to it."""
+        parts = [self.name, *self.options, "" if self.recipe is None else sha256(self.recipe)]
+        parts.append("" if self.before is None else self.before.key)
+        return f"{self.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
+
+    @property
+    def chain(self) -> list["Step"]:
+        """The steps from the first to this one."""
+        return [*(self.before.chain if self.before is not None else ()), self]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one cell.
+
+    Args:
+        cell: axis -> the name of its value.
+        last: the step whose checkpoint is measured.
+        tasks: names of the tasks that it is measured on; none: all of the grid's.
+    """
+
+    cell: tuple[tuple[str, str], ...]
+    seed: int
+    last: Step
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of its scores."""
+        return ":".join([self.last.key, *self.tasks])
+
+
+def spell(name: str, value: object) -> list[str]:
+    """An option as on the command line."""
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(str(value).lower() if isinstance(value, bool) else str(value) for value in values)]
+
+
+def cell_name(cell: tuple[tuple[str, str], ...]) -> str:
+    return ", ".join(value for _, value in cell)
