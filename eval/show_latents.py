@@ -164,13 +164,18 @@ def short_names(names: list[str]) -> list[str]:
     return names
 
 
-def draw(seen: dict[str, Attention], labels: list[str], path: Path) -> None:
-    """A row a model: attention of each class, heads x latents, and the best separated pair's difference.
+def draw(seen: dict[str, Attention], labels: list[str], pair: tuple[str, str], path: Path) -> None:
+    """A row a model: attention of each class, heads x latents, and the separation of one pair, on one scale for all.
 
-    The latents of each head are sorted by their mean attention, or 512 columns would look like noise.
+    The latents of each head are sorted, by their mean attention and by separation: 512 columns in the order of the
+    weights would look like noise, and the one that matters would be a hair among them.
     """
-    classes = sorted({*labels})
-    shown = classes[:4]
+    others = [label for label in sorted({*labels}) if label not in pair]
+    shown = sorted([*pair, *others[:2]])
+    separations = {
+        name: separation(one.of_texts, labels, pair).sort(-1, descending=True)[0] for name, one in seen.items()
+    }
+    bound = max(one.abs().max().item() for one in separations.values()) or 1e-9
     figure = Figure(figsize=(3.1 * (len(shown) + 1), 2.2 * len(seen) + 0.4), layout="constrained")
     grid = figure.subplots(len(seen), len(shown) + 1, squeeze=False)
     for row, (name, one) in zip(grid, seen.items()):
@@ -182,16 +187,18 @@ def draw(seen: dict[str, Attention], labels: list[str], path: Path) -> None:
             look = {"aspect": "auto", "interpolation": "nearest"}
             picture = axes.imshow(means[label], cmap="cividis", norm=scale, **look)
             axes.set_title(f"{name}: {label}", fontsize=9)
-        figure.colorbar(picture, ax=row[len(shown) - 1], label="attention")
-        difference = means[shown[0]] - means[shown[1]]
-        bound = difference.abs().flatten().quantile(0.995).item() or 1e-9  # a single one would leave the others pale
-        picture = row[-1].imshow(difference, cmap="PuOr", vmin=-bound, vmax=bound, **look)
-        row[-1].set_title(f"{shown[0]} - {shown[1]}", fontsize=9)
-        figure.colorbar(picture, ax=row[-1], label="difference", extend="both")
+        bars = [figure.colorbar(picture, ax=row[-2], label="attention")]
+        picture = row[-1].imshow(separations[name], cmap="PuOr", vmin=-bound, vmax=bound, **look)
+        row[-1].set_title(f"{name}: {pair[0]} - {pair[1]}", fontsize=9)
+        bars.append(figure.colorbar(picture, ax=row[-1], label="standard deviations"))
         for axes in row:
             axes.set_xlabel("latent, by attention", fontsize=8)
             axes.tick_params(labelsize=7)
+        row[-1].set_xlabel("latent, by separation", fontsize=8)
         row[0].set_ylabel("head", fontsize=8)
+        for bar in bars:
+            bar.ax.tick_params(labelsize=7, which="both")
+            bar.ax.yaxis.label.set_size(8)
     figure.savefig(path, dpi=120)
 
 
@@ -233,7 +240,8 @@ def main(args: LatentsArguments) -> None:
         found.append(describe(model, name, seen[name], list(labels), args))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "latents.json", {"data": args.data, "texts": len(texts), "models": found})
-    draw(dict(zip(short_names(list(seen)), seen.values())), list(labels), folder / "latents.png")
+    best = found[0]["pairs"][0]["classes"]
+    draw(dict(zip(short_names(list(seen)), seen.values())), list(labels), best, folder / "latents.png")
     text = page(found, args)
     (folder / "LATENTS.md").write_text(text, encoding="utf-8")
     print(text)

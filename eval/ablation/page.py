@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
 from nvembed.eval.ablation.grid import OWN, Grid
-from nvembed.eval.ablation.runner import MERGED, Results
+from nvembed.eval.ablation.runner import MERGED, Results, keys
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
@@ -17,10 +17,10 @@ from nvembed.eval.markdown_table import markdown_table
 
 def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     """Markdown; `picture` is the chart's path as the page sees it, `command` what one types to make the section."""
-    is_zero_shot = bool(grid.zero_shot)
+    is_zero_shot, own = bool(grid.zero_shot), keys(grid)
+    hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
+    digests = sorted({code for key, code in results.code.items() if key in own})
     grid, table = folded(grid, results.by_cell(grid))
-    hours = sum(results.seconds.values()) / 3600
-    digests = sorted({*results.code.values()})
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
     lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
     legend = ["Scores in percent: the mean over seeds ± their standard deviation (seeds)."]
@@ -97,6 +97,7 @@ def draw(grid: Grid, results: Results, path: Path) -> None:
             axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color="#D55E00", linewidth=2)
             axes.plot(scores, [place] * len(scores), "o", color="#0072B2", markersize=5, alpha=0.8)
     axes.set_yticks(range(len(cells)), cells)
+    axes.set_ylabel(", ".join(grid.axes))
     axes.invert_yaxis()
     axes.set_xlabel("average score, %; a dot a seed, a line at the mean")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

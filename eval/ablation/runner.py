@@ -86,6 +86,13 @@ def merged_keys(grid: Grid) -> dict[str, str]:
     return {name: f"{MERGED}-{hashlib.sha256(text.encode()).hexdigest()[:10]}" for name, text in keys.items()}
 
 
+def keys(grid: Grid) -> set[str]:
+    """What `Results.seconds` and `.code` hold of this grid, in a folder that others may share."""
+    runs, means = grid.runs(), merged_keys(grid).values()
+    made = {step.key for run in runs for step in run.last.chain} | {*means}
+    return made | {key + MEASURING for key in (*(run.key for run in runs), *means)}
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a grid's folder.

@@ -19,6 +19,7 @@ from nvembed.eval.ablation.claims import judge, matched, p_value
 from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options, find_grid
 from nvembed.eval.ablation.page import put_section, section
 from nvembed.eval.ablation.runner import (
+    MEASURING,
     MERGED,
     Results,
     Runner,
@@ -26,6 +27,7 @@ from nvembed.eval.ablation.runner import (
     claimed,
     environments,
     estimate,
+    keys,
     open_results,
 )
 from nvembed.eval.ablation.zero_shot import folded
@@ -77,6 +79,7 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     grid = Grid.read(str(grid))
     table = results.by_cell(grid)
     assert table["low"].keys() == {"1", "2", MERGED} and table["none"] == {}
+    assert results.seconds.keys() == keys(grid) - {run.key + MEASURING for run in results.missing(grid)}
     assert -100 <= table["low"][MERGED]["scored"] == table["low"][MERGED]["average"] <= 100
     assert "ValueError: temperature is -1.0; it must be > 0" in results.failed["none"]["1"]
     page = (tmp_path / "PAGE.md").read_text()
@@ -234,12 +237,15 @@ def test_an_option_that_no_script_has_is_refused_before_anything_runs(write_grid
 def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     grid = Grid.read(write_grid())
     results = open_results(grid, tmp_path, False)
-    results.scores, results.code = {grid.runs()[0].last.key: {"average": 1.0}}, {"init-1": "0123456789ab"}
+    last = grid.runs()[0].last.key
+    results.scores, results.code = {last: {"average": 1.0}}, {last: "0123456789ab", "of another grid": "ba9876543210"}
+    results.seconds = {last: 360.0, f"{last}:scores": 36.0, "of another grid": 3600.0}
     results.save(tmp_path)
-    with pytest.raises(ValueError, match=r"results of other code \(0123456789ab; .*--mix_revisions"):
+    with pytest.raises(ValueError, match=r"results of other code \(0123456789ab, ba9876543210; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
     assert open_results(grid, tmp_path, True).scores == results.scores
-    assert "0123456789ab" in section(grid, results, "chart.png", "python eval/ablate.py")
+    text = section(grid, results, "chart.png", "python eval/ablate.py")
+    assert "0.11 hours of commands" in text and "code 0123456789ab. " in text, "of this grid alone"
     with pytest.raises(ValueError, match="has results of max_length 64, not 32"):
         open_results(Grid.read(write_grid(max_length=32)), tmp_path, True)
     with pytest.raises(ValueError, match="jobs is 0; it must be 1 to"):
