@@ -17,8 +17,10 @@ RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
 KEYS = {
     "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
-    "minutes", "paper", "claims", "merge_seeds", "zero_shot",
+    "minutes", "paper", "claims", "merge_seeds", "zero_shot", "like",
 }  # fmt: skip
+PARTS = ("-tasks", "-recipe", "-common")  # names of files beside the grids that are parts of them
+SETTINGS = ("recipe", "start", "steps", "options", "seeds", "tasks", "max_length", "dtype", "minutes")  # for `like`
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Claim:
 @dataclass
 class Grid:
     """A grid as its YAML file has it; see `eval/ablations/`.
+
+    A file's `like` names another, whose settings (not its axes) are this one's, too, where it has none of its own.
 
     Args:
         file: the YAML file; relative paths of recipes and tasks start at its folder where they exist there.
@@ -78,29 +82,14 @@ class Grid:
                 changes something unknown; two axes set one option; a claim or a score of the paper is of no cell.
         """
         file = find_grid(path)
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} cannot be read as YAML: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
-        if unknown := content.keys() - KEYS:
-            raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
+        content = read_content(file)
         for key in ("title", "recipe", "axes", "tasks"):
             if key not in content:
                 raise ValueError(f"{file} lacks {key}; see eval/ablations/ for grids")
-        content["recipe"] = find_file(file, content["recipe"])
-        tasks = content["tasks"] if isinstance(content["tasks"], list) else [content["tasks"]]
-        content["tasks"] = [
-            str(find_file(file, task)) if str(task).endswith((".yaml", ".yml")) else str(task) for task in tasks
-        ]
         content["axes"] = {
             str(axis): {str(name): change or {} for name, change in mapping(values, f"{file}: axis {axis}").items()}
             for axis, values in mapping(content["axes"], f"{file}: axes").items()
         }
-        content["options"] = mapping(content.get("options", {}), f"{file}: options")
-        for place, options in content["options"].items():
-            mapping(options, f"{file}: options: {place}")
         content["zero_shot"] = {
             str(axis): {str(name): as_list(tasks) for name, tasks in mapping(of, f"{file}: zero_shot: {axis}").items()}
             for axis, of in mapping(content.get("zero_shot", {}), f"{file}: zero_shot").items()
@@ -267,6 +256,43 @@ def mapping(value: object, name: str) -> dict:
     return value
 
 
+def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
+    """A grid's file as it stands, with the settings of the one that it is `like`, and paths that hold everywhere.
+
+    Args:
+        likened: the files that led to this one.
+
+    Raises:
+        ValueError: it cannot be read, has an unknown key, or is like itself.
+    """
+    if file in likened:
+        raise ValueError(f"{file} is like itself; name another file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
+    if unknown := content.keys() - KEYS:
+        raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
+    if "recipe" in content:
+        content["recipe"] = find_file(file, content["recipe"])
+    if "tasks" in content:
+        content["tasks"] = [
+            str(find_file(file, task)) if str(task).endswith((".yaml", ".yml")) else str(task)
+            for task in as_list(content["tasks"])
+        ]
+    content["options"] = mapping(content.get("options", {}), f"{file}: options")
+    for step, options in content["options"].items():
+        mapping(options, f"{file}: options: {step}")
+    if "like" in content:
+        base = read_content(find_file(file, content.pop("like")), (*likened, file.resolve()))
+        steps = [*base["options"], *(step for step in content["options"] if step not in base["options"])]
+        options = {step: base["options"].get(step, {}) | content["options"].get(step, {}) for step in steps}
+        content = {key: base[key] for key in SETTINGS if key in base} | content | {"options": options}
+    return content
+
+
 def read_claim(file: Path, entry: object) -> Claim:
     known = [field.name for field in fields(Claim)]
     content = mapping(entry, f"{file}: a claim")
@@ -308,9 +334,7 @@ def find_grid(path: str) -> Path:
         return Path(path).absolute()
     if own.is_file():
         return own
-    known = ", ".join(
-        sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.endswith(("-tasks", "-recipe")))
-    )
+    known = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.endswith(PARTS)))
     raise ValueError(f"{path} is neither a file nor the name of a grid; the grids are {known}")
 
 

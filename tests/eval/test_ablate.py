@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from nvembed.eval.ablation.claims import judge, matched, p_value
-from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options, find_grid
+from nvembed.eval.ablation.grid import OWN, PARTS, Claim, Grid, check_options, find_grid
 from nvembed.eval.ablation.page import put_section, section
 from nvembed.eval.ablation.runner import (
     MEASURING,
@@ -215,6 +215,7 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ),
         ({"claims": [CLAIM | {"worse": {}}]}, "must name other values of the same axes"),
         ({"claims": [{"text": "x", "beter": {}}]}, "must have text, better, worse"),
+        ({"like": "none.yaml"}, "none.yaml, which is neither a file beside it"),
         ({"recipe": "none.yaml"}, "none.yaml, which is neither a file beside it nor a recipe"),
         (
             {"axes": {"a": {"x": {"init": {"dtype": 1}}}, "b": {"y": {"init": {"dtype": 2}}}}} | PLAIN,
@@ -225,6 +226,29 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
 def test_grids_that_make_no_sense_are_refused(write_grid, changes, words):
     with pytest.raises(ValueError, match=words):
         Grid.read(write_grid(**changes))
+
+
+def test_a_grid_takes_the_settings_of_one_that_it_is_like(write_grid, tmp_path):
+    """Not its axes; what both set is its own; paths hold in the other's folder."""
+    write_grid(minutes={"stage1": 3}, options={"init": {"base": "b", "num_latents": 8}, "stage1": {"max_steps": 4}})
+    (tmp_path / "here").mkdir()
+    axes = {"masks": {"b": {"init": {"mask_type": "b"}}, "c": {"init": {"mask_type": "c"}}}}
+    own = {
+        "title": "Masks",
+        "like": "../grid.yaml",
+        "axes": axes,
+        "seeds": [7],
+        "options": {"init": {"num_latents": 9}},
+    }
+    (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own))
+    grid, other = Grid.read(str(tmp_path / "here" / "masks.yaml")), Grid.read(str(tmp_path / "grid.yaml"))
+    assert grid.axes == axes and (grid.title, grid.seeds, grid.claims, grid.paper) == ("Masks", [7], [], {})
+    assert grid.options == {"init": {"base": "b", "num_latents": 9}, "stage1": {"max_steps": 4}}
+    for name in ("recipe", "tasks", "steps", "max_length", "minutes"):
+        assert getattr(grid, name) == getattr(other, name), name
+    (tmp_path / "grid.yaml").write_text("like: here/masks.yaml\n")
+    with pytest.raises(ValueError, match=r"masks.yaml is like itself; name another file"):
+        Grid.read(str(tmp_path / "here" / "masks.yaml"))
 
 
 @pytest.mark.slow
@@ -337,7 +361,7 @@ def test_a_page_keeps_its_other_sections(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "eval/ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_grids_of_the_house_are_grids(file):
-    if file.stem.endswith(("-tasks", "-recipe")):
+    if file.stem.endswith(PARTS):
         return
     grid = Grid.read(str(file))
     assert len(grid.seeds) >= 3
