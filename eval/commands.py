@@ -15,6 +15,16 @@ from nvembed.eval.files import write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {  # of the steps that recipes and grids name
+    "init": "train/init_checkpoint.py",
+    "stage1": "train/stage1.py",
+    "stage2": "train/stage2.py",
+    "prune": "train/compress/prune.py",
+    "distill": "train/distill.py",
+    "quantize": "train/compress/quantize.py",
+    "center": "train/center.py",
+    "ladder": "train/compress/ladder.py",
+}
 TRAININGS = ("stage1.py", "stage2.py", "distill.py")
 
 

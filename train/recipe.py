@@ -6,19 +6,12 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from nvembed.eval.commands import SCRIPTS
 from nvembed.train.data.source import resolve_entry
 
 
-# Steps that a recipe may hold the settings of, each under its own key, and their scripts.
-STAGES = {
-    "stage1": "train/stage1.py",
-    "stage2": "train/stage2.py",
-    "prune": "train/compress/prune.py",
-    "distill": "train/distill.py",
-    "quantize": "train/compress/quantize.py",
-    "center": "train/center.py",
-    "ladder": "train/compress/ladder.py",
-}
+# Steps that a recipe may hold the settings of, each under its own key.
+STAGES = tuple(step for step in SCRIPTS if step != "init")
 
 
 class RecipeParser(TrlParser):
@@ -54,7 +47,7 @@ class RecipeParser(TrlParser):
             if not isinstance(part, dict):
                 raise ValueError(f"{name} is {part!r} in the recipe; it must be a mapping of that stage's settings")
         if parts and self.stage not in parts:
-            run = STAGES[next(iter(parts))]
+            run = SCRIPTS[next(iter(parts))]
             raise ValueError(f"the recipe has {', '.join(parts)} and no {self.stage}: run {run}")
         config |= parts.get(self.stage, {})
         if isinstance(config.get("datasets"), (list, dict, str)):

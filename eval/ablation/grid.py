@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from nvembed.eval.ablation.runs import SCRIPTS, Run, Step, cell_name, spell
-from nvembed.eval.commands import ROOT, known_options
+from nvembed.eval.ablation.runs import STEPS, Run, Step, cell_name, spell
+from nvembed.eval.commands import ROOT, SCRIPTS, known_options
 
 
 WITHOUT_RECIPE = ("init",)
@@ -152,7 +152,7 @@ class Grid:
             raise ValueError(f"{self.file}: zero_shot must name one axis, of {listed(self.axes)}; not {named}")
         ((axis, tasks_of),) = self.zero_shot.items()
         for value, change in self.axes[axis].items():
-            leaves_out = any("leave_out" in options for step, options in change.items() if step in SCRIPTS)
+            leaves_out = any("leave_out" in options for step, options in change.items() if step in STEPS)
             if leaves_out != bool(tasks_of.get(value)):
                 raise ValueError(
                     f"{self.file}: {axis}: {value} must leave out a set (leave_out) and name its tasks under "
@@ -182,12 +182,12 @@ class Grid:
 
     def _check_change(self, where: str, change: Mapping) -> None:
         for key, options in change.items():
-            if key not in SCRIPTS and (key not in RESERVED or where == "options"):
+            if key not in STEPS and (key not in RESERVED or where == "options"):
                 raise ValueError(
-                    f"{self.file}: {where} changes {key!r}; it must be a step ({', '.join(SCRIPTS)}), with its "
+                    f"{self.file}: {where} changes {key!r}; it must be a step ({', '.join(STEPS)}), with its "
                     f"options, or, of an axis's value, {' or '.join(RESERVED)}"
                 )
-            if key in SCRIPTS:
+            if key in STEPS:
                 for name, value in mapping(options, f"{self.file}: {where}: {key}").items():
                     if name in OWN_OPTIONS:
                         raise ValueError(f"{self.file}: {where}: {key} sets {name}, which the grid sets itself")
@@ -197,9 +197,9 @@ class Grid:
     def _check_cell(self, cell: tuple[tuple[str, str], ...]) -> None:
         """That its steps exist, and that all its options are of steps that it runs."""
         steps = self._steps(cell)
-        if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in SCRIPTS]):
+        if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in STEPS]):
             wrong = unknown[0] if isinstance(steps, list) and steps else steps
-            raise ValueError(f"{self.file}: there is no step {wrong!r}; the steps are {', '.join(SCRIPTS)}")
+            raise ValueError(f"{self.file}: there is no step {wrong!r}; the steps are {', '.join(STEPS)}")
         for axis, value in cell:
             if idle := self.axes[axis][value].keys() - {*RESERVED, *steps}:
                 raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from nvembed.eval.ablation.grid import Grid
 from nvembed.eval.ablation.provenance import code_digest, made_of
-from nvembed.eval.ablation.runs import SCRIPTS, Run, Step, Table, cell_name
-from nvembed.eval.commands import TRAININGS, make_checkpoint, score
+from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
+from nvembed.eval.commands import SCRIPTS, TRAININGS, make_checkpoint, score
 from nvembed.eval.files import write_json
 
 
@@ -354,7 +354,7 @@ def estimate(grid: Grid, results: Results) -> list[tuple[str, int, float | None]
         name = "measure" if key.endswith(MEASURING) else key.split("-")[0]
         measured.setdefault(name, []).append(seconds / 60)
     rows = []
-    for name in sorted(counts, key=[*SCRIPTS, MERGED, "measure"].index):
+    for name in sorted(counts, key=[*STEPS, MERGED, "measure"].index):
         minutes = statistics.mean(measured[name]) if name in measured else grid.minutes.get(name)
         rows.append((name, counts[name], minutes))
     return rows

@@ -8,13 +8,7 @@ from pathlib import Path
 from nvembed.eval.files import sha256
 
 
-SCRIPTS = {
-    "init": "train/init_checkpoint.py",
-    "stage1": "train/stage1.py",
-    "stage2": "train/stage2.py",
-    "distill": "train/distill.py",
-    "center": "train/center.py",
-}
+STEPS = ("init", "stage1", "stage2", "distill", "center")
 Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score in percent
 
 
@@ -23,7 +17,7 @@ class Step:
     """One command of a run; runs that begin alike share their first steps.
 
     Args:
-        name: a key of `SCRIPTS`.
+        name: one of `STEPS`.
         options: the script's, but for the folders.
         recipe: file that holds the others; None: there is none.
         before: the step whose checkpoint it begins with; None: it begins anew, or with the grid's `start`.

@@ -161,7 +161,7 @@ def test_every_recipe_is_read_and_names_what_it_trains_on(tmp_path, path, monkey
     built = [entry["set"] for entry in entries if isinstance(entry, dict) and "set" in entry]
     for name in built:
         (tmp_path / name).mkdir(exist_ok=True)  # as build_data.py would, with the instructions in the rows
-    if not STAGES.keys() & content.keys():
+    if not content.keys() & {*STAGES}:
         here = here or ["stage1"]  # a recipe of one step, which its name tells
     for name in here:
         parser = RecipeParser(ModelArguments, DataArguments, steps[name])

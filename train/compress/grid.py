@@ -14,12 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from nvembed.eval.commands import errors_in_one_line, make_checkpoint, score
+from nvembed.eval.commands import SCRIPTS, errors_in_one_line, make_checkpoint, score
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.train.compress.ladder import describe_step
 from nvembed.train.compress.solvers import METHODS
-from nvembed.train.recipe import STAGES, find_recipe
+from nvembed.train.recipe import find_recipe
 
 
 ARMS = {"retrained": "stage2", "distilled": "distill"}  # and their steps
@@ -42,14 +42,14 @@ def fill(args: argparse.Namespace, recipe: Path) -> dict[str, list[float]]:
     for method, pattern in product(args.methods, args.patterns):
         name = f"{method}-{pattern.replace(':', '-')}"
         cell = ["--method", method, "--pattern", pattern, "--drop_latent_attention", "false"]
-        make_checkpoint(folder / name, STAGES["prune"], [*config, *cell], of_pruning)
+        make_checkpoint(folder / name, SCRIPTS["prune"], [*config, *cell], of_pruning)
         cells[f"{method} {pattern} pruned"] = [measure(name, str(folder / name))]
     for seed, (method, pattern), arm in product(args.seeds, product(args.methods, args.patterns), args.arms):
         pruned = f"{method}-{pattern.replace(':', '-')}"
         name = f"{pruned}-{arm}-{seed}"
         cell = ["--model_name_or_path", str(folder / pruned), "--seed", str(seed)]
         made_of = describe_step(recipe, ARMS[arm], str(folder / pruned))
-        make_checkpoint(folder / name, STAGES[ARMS[arm]], [*config, *cell], made_of)
+        make_checkpoint(folder / name, SCRIPTS[ARMS[arm]], [*config, *cell], made_of)
         cells.setdefault(f"{method} {pattern} {arm}", []).append(measure(name, str(folder / name)))
     return cells
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from nvembed.eval.commands import (
     ROOT,
+    SCRIPTS,
     TRAININGS,
     errors_in_one_line,
     known_options,
@@ -107,10 +108,10 @@ def check(ladder: Ladder) -> None:
             such tasks.
     """
     content = yaml.safe_load(ladder.recipe.read_text(encoding="utf-8"))
-    common = content.keys() - STAGES.keys()
+    common = content.keys() - {*STAGES}
     for step in ladder.steps:
-        if unknown := (common | content[step].keys()) - known_options(STAGES[step]):
-            raise ValueError(f"{ladder.recipe}: {STAGES[step]} has no option {min(unknown)!r}; see its --help")
+        if unknown := (common | content[step].keys()) - known_options(SCRIPTS[step]):
+            raise ValueError(f"{ladder.recipe}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
     find_config(ladder.start, None)
     select_tasks(ladder.tasks)
 
@@ -133,7 +134,7 @@ def run_ladder(ladder: Ladder) -> list[dict]:
     begin = ladder.start
     for step, folder in ladder.steps.items():
         made_of = describe_step(ladder.recipe, step, begin)
-        make_checkpoint(folder, STAGES[step], ["--config", str(ladder.recipe)], made_of)
+        make_checkpoint(folder, SCRIPTS[step], ["--config", str(ladder.recipe)], made_of)
         begin = str(folder)
     results = []
     for name, checkpoint in ladder.rungs.items():
@@ -184,8 +185,8 @@ def main() -> None:
     check(ladder)
     if args.dry_run:
         for step in ladder.steps:
-            start = ["accelerate", "launch"] if Path(STAGES[step]).name in TRAININGS else ["python"]
-            print(shlex.join([*start, STAGES[step], "--config", str(ladder.recipe)]))
+            start = ["accelerate", "launch"] if Path(SCRIPTS[step]).name in TRAININGS else ["python"]
+            print(shlex.join([*start, SCRIPTS[step], "--config", str(ladder.recipe)]))
         return
     results = run_ladder(ladder)
     write_json(ladder.output_dir / "ladder.json", results)
