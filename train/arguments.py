@@ -17,7 +17,7 @@ from nvembed.train.data.source import DatasetSource
 
 KD_LOSSES = ("states", "scores", "embeddings")
 
-IN_BATCH_NEGATIVES = {"true": True, "false": False, "labels": "labels"}
+IN_BATCH_NEGATIVES = {"true": True, "false": False, "labels": "labels", "sets": "sets"}
 
 # Options of `TrainingArguments` that cannot apply to the contrastive loss and the blended data, with the values that do
 # nothing; other values are refused.
@@ -150,8 +150,9 @@ class StageArguments(TrainingArguments):
         default="true",
         metadata={
             "help": "Candidates from the whole batch (true, as in stage 1), from the row alone (false, as in stage 2), "
-            "or from the row and what labels prove to be a negative: the positive of a row of the same data set and "
-            "another class (labels).",
+            "from the row and what labels prove to be a negative: the positive of a row of the same data set and "
+            "another class (labels), or from those and, in data sets without classes, the positives of all rows "
+            "(sets).",
             "nargs": "?",
             "const": "true",
         },
@@ -217,7 +218,7 @@ class StageArguments(TrainingArguments):
         self._check_matryoshka()
         asked = str(self.in_batch_negatives).lower()  # "false" on a command line, a bool in a recipe
         if asked not in IN_BATCH_NEGATIVES:
-            raise ValueError(f"in_batch_negatives is {asked!r}; it must be true, false or labels")
+            raise ValueError(f"in_batch_negatives is {asked!r}; it must be true, false, labels or sets")
         self.in_batch_negatives = IN_BATCH_NEGATIVES[asked]
         if not 0 <= self.spread_out_weight < math.inf:
             raise ValueError(f"spread_out_weight is {self.spread_out_weight}; it must be 0 (off) or more")
@@ -356,7 +357,7 @@ class Stage2Arguments(StageArguments):
         default="false",
         metadata={
             "help": "false: two texts of one class in a batch are not negatives of each other. labels: those of "
-            "different classes of one data set are. true: all are.",
+            "different classes of one data set are. sets: so are those of one data set without classes. true: all are.",
             "nargs": "?",
             "const": "true",
         },

@@ -32,6 +32,7 @@ from nvembed.train.data.prepared import (
     have_classes,
     read_provenance,
     read_tables,
+    with_positives_as_classes,
     write_tables,
 )
 from nvembed.train.data.source import check_exists, check_sources
@@ -202,6 +203,8 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
         alone = [(table, source) for table, source in alone if not have_classes(table)]
     elif training_args.batch_rows > 1 and training_args.in_batch_negatives:
         alone = []
+    if training_args.in_batch_negatives == "sets":
+        tables = [table if have_classes(table) else with_positives_as_classes(table) for table in tables]
     if training_args.needs_negatives:
         check_have_negatives(alone)
     triplets = sum(map(len, tables))

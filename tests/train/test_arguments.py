@@ -133,15 +133,15 @@ def test_sets_are_left_out_by_name(tmp_path):
         read("b")
 
 
-@pytest.mark.parametrize("value", ["--in_batch_negatives", "true", "True", "labels", "false"])
-def test_in_batch_negatives_have_three_settings(tmp_path, value):
+@pytest.mark.parametrize("value", ["--in_batch_negatives", "true", "True", "labels", "sets", "false"])
+def test_in_batch_negatives_have_four_settings(tmp_path, value):
     options = [value] if value.startswith("--") else ["--in_batch_negatives", value]
-    expected = {"labels": "labels", "false": False}.get(value, True)
+    expected = {"labels": "labels", "sets": "sets", "false": False}.get(value, True)
     for stage in (Stage1Arguments, Stage2Arguments):
         assert parse(tmp_path, RECIPE, *options, stage=stage)[2].in_batch_negatives == expected
         in_recipe = RECIPE + f"in_batch_negatives: {str(expected).lower()}\n"
         assert parse(tmp_path, in_recipe, stage=stage)[2].in_batch_negatives == expected
-    with pytest.raises(ValueError, match="in_batch_negatives is 'some'; it must be true, false or labels"):
+    with pytest.raises(ValueError, match="in_batch_negatives is 'some'; it must be true, false, labels or sets"):
         parse(tmp_path, RECIPE, "--in_batch_negatives", "some")
     with pytest.raises(ValueError, match="--no_in_batch_negatives is now --in_batch_negatives false"):
         parse(tmp_path, RECIPE, "--no_in_batch_negatives")

@@ -104,6 +104,20 @@ def test_labels_as_negatives_need_classes(tmp_path, labelled):
         load_blend(DataArguments([classes, DatasetSource(same, instruction="")], num_negatives=2), arguments)
 
 
+def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tmp_path, labelled):
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 6}
+    arguments = Stage2Arguments(**options, in_batch_negatives="sets")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": f"q{i}", "positive": f"p{i // 2}"} for i in range(8)])
+    sources = [DatasetSource(pairs, instruction=""), DatasetSource(str(labelled), name="labels", instruction="")]
+    blend = load_blend(DataArguments(sources, num_negatives=0), arguments)
+    classes = {name: {row["class"] for row in blend if row["dataset"] == name} for name in ("pairs", "labels")}
+    assert classes == {"pairs": {"p0", "p1", "p2", "p3"}, "labels": {"card_lost", "card_new", "rate"}}
+    assert all(row["class"] == row["positive"] for row in blend if row["dataset"] == "pairs")
+    plain = load_blend(DataArguments(sources, num_negatives=0), Stage1Arguments(**options))
+    assert [row["query"] for row in plain] == [row["query"] for row in blend]
+    assert {row["class"] for row in plain if row["dataset"] == "pairs"} == {None}
+
+
 def test_processes_that_wait_too_long_say_what_for(tmp_path, caplog):
     """By a stand-in for the timeout of the process group, which transformers sets on GPUs alone."""
 

@@ -211,6 +211,15 @@ def have_classes(table: Dataset) -> bool:
     return "class" in table.column_names and table.data.column("class").null_count < len(table)
 
 
+def with_positives_as_classes(table: Dataset) -> Dataset:
+    """A table without classes whose rows are told apart by their positives: a class of those that share one."""
+    return table.with_transform(_positives_as_classes)
+
+
+def _positives_as_classes(batch: dict[str, list]) -> dict[str, list]:
+    return batch | {"class": batch["positive"]}
+
+
 def check_have_classes(tables: Sequence[Dataset]) -> None:
     """Raises a `ValueError` if no triplet of any table has a class."""
     if not any(map(have_classes, tables)):
