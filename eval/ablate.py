@@ -51,7 +51,7 @@ def ablate(args: argparse.Namespace) -> int:
         results = open_results(grid, folder, args.mix_revisions)
         runner = Runner(grid, folder, results, args.jobs)
         lines = [line for name, own in runner.commands().items() for line in (f"# {name}", *own)]
-        (folder / "commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"{grid.file.stem}.commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         runner.run()
         write(grid, results, folder, args)
     return sum(len(one) for one in results.failed.values())
@@ -61,15 +61,17 @@ def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) 
     """Writes the section and the chart into the folder and, if named, into a page; prints the section."""
     command = ["python", "eval/ablate.py", args.grid, "--output_dir", args.output_dir]
     command += ["--seeds", *map(str, args.seeds)] if args.seeds is not None else []
+    command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     command = shlex.join([*command, *(["--mix_revisions"] if args.mix_revisions else [])])
-    text = section(grid, results, "chart.png", command)
-    (folder / "SECTION.md").write_text(text, encoding="utf-8")
-    draw(grid, results, folder / "chart.png")
+    name = grid.file.stem  # a folder may hold several grids
+    text = section(grid, results, f"{name}.png", command)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    draw(grid, results, folder / f"{name}.png")
     print(text)
     if args.page is not None:
-        picture = Path("ablations", f"{grid.file.stem}.png")
+        picture = Path("ablations", f"{name}.png")
         draw(grid, results, Path(args.page).parent / picture)
-        put_section(Path(args.page), grid.file.stem, section(grid, results, picture.as_posix(), command))
+        put_section(Path(args.page), name, section(grid, results, picture.as_posix(), command))
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
     python eval/show_latents.py --model runs/stage2 --beside runs/base --data data/reviews --output_dir runs/latents
 
 Attention over the latents, the mean over a text's tokens (its instruction left out, as in the pooling), for each head:
-one heat map a class, and their differences. Of all latents of all heads, those that separate two classes best, by the
-difference of means in standard deviations, with the tokens that attend to them most. Separation is compared with what
-shuffled labels give, and with a model `--beside` it, such as the untrained one: latents always differ a little.
+heat maps of up to four classes, and of the separation of the two that the model tells apart best. Of all latents of all
+heads, those that separate two classes best, by the difference of means in standard deviations, with the tokens that
+attend to them most. Separation is compared with what shuffled labels give, and with a model `--beside` it, such as the
+untrained one: latents always differ a little.
 """
 
 from collections import Counter
@@ -164,41 +165,52 @@ def short_names(names: list[str]) -> list[str]:
     return names
 
 
-def draw(seen: dict[str, Attention], labels: list[str], pair: tuple[str, str], path: Path) -> None:
-    """A row a model: attention of each class, heads x latents, and the separation of one pair, on one scale for all.
+def maps(of_texts: Tensor, labels: list[str], shown: list[str], pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """What is drawn of a model, with the latents of each head sorted.
 
-    The latents of each head are sorted, by their mean attention and by separation: 512 columns in the order of the
-    weights would look like noise, and the one that matters would be a hair among them.
+    512 columns in the order of the weights would look like noise, and the one that matters would be a hair among them.
+
+    Args:
+        of_texts: `[texts, heads, latents]`.
+
+    Returns:
+        The mean attention of each class in `shown`, `[classes, heads, latents]`, sorted by that of all texts, and the
+        separation of the pair, `[heads, latents]`, sorted by itself; both from the highest on.
     """
+    order = of_texts.mean(0).argsort(-1, descending=True)
+    means = [of_texts[[own == label for own in labels]].mean(0).gather(-1, order) for label in shown]
+    return torch.stack(means), separation(of_texts, labels, pair).sort(-1, descending=True).values
+
+
+def draw(seen: dict[str, Attention], labels: list[str], pair: tuple[str, str], path: Path) -> None:
+    """A row a model: attention of up to four classes, and how far the pair is apart; one scale for all models."""
     others = [label for label in sorted({*labels}) if label not in pair]
     shown = sorted([*pair, *others[:2]])
-    separations = {
-        name: separation(one.of_texts, labels, pair).sort(-1, descending=True)[0] for name, one in seen.items()
-    }
-    bound = max(one.abs().max().item() for one in separations.values()) or 1e-9
+    drawn = {name: maps(one.of_texts, labels, shown, pair) for name, one in seen.items()}
+    shares = torch.stack([attention for attention, _ in drawn.values()])
+    scale = LogNorm(shares.min().item(), shares.max().item())  # one latent may get ten times the others' share
+    bound = max(apart.abs().max().item() for _, apart in drawn.values()) or 1e-9
+    look = {"aspect": "auto", "interpolation": "nearest"}
     figure = Figure(figsize=(3.1 * (len(shown) + 1), 2.2 * len(seen) + 0.4), layout="constrained")
     grid = figure.subplots(len(seen), len(shown) + 1, squeeze=False)
-    for row, (name, one) in zip(grid, seen.items()):
-        order = one.of_texts.mean(0).argsort(-1, descending=True)
-        means = {label: one.of_texts[[own == label for own in labels]].mean(0).gather(-1, order) for label in shown}
-        shares = torch.stack(list(means.values()))
-        scale = LogNorm(shares.min().item(), shares.max().item())  # one latent may get ten times the others' share
-        for axes, label in zip(row, shown):
-            look = {"aspect": "auto", "interpolation": "nearest"}
-            picture = axes.imshow(means[label], cmap="cividis", norm=scale, **look)
+    for row, (name, (attention, apart)) in zip(grid, drawn.items()):
+        for axes, label, share in zip(row, shown, attention):
+            of_class = axes.imshow(share, cmap="cividis", norm=scale, **look)
             axes.set_title(f"{name}: {label}", fontsize=9)
-        bars = [figure.colorbar(picture, ax=row[-2], label="attention")]
-        picture = row[-1].imshow(separations[name], cmap="PuOr", vmin=-bound, vmax=bound, **look)
-        row[-1].set_title(f"{name}: {pair[0]} - {pair[1]}", fontsize=9)
-        bars.append(figure.colorbar(picture, ax=row[-1], label="standard deviations"))
+        of_pair = row[-1].imshow(apart, cmap="PuOr", vmin=-bound, vmax=bound, **look)
+        row[-1].set_title(f"{name}: separation", fontsize=9)
         for axes in row:
             axes.set_xlabel("latent, by attention", fontsize=8)
             axes.tick_params(labelsize=7)
         row[-1].set_xlabel("latent, by separation", fontsize=8)
         row[0].set_ylabel("head", fontsize=8)
-        for bar in bars:
-            bar.ax.tick_params(labelsize=7, which="both")
-            bar.ax.yaxis.label.set_size(8)
+    bars = [
+        figure.colorbar(of_class, ax=grid[:, -2], label="attention"),
+        figure.colorbar(of_pair, ax=grid[:, -1], label=f"{pair[0]} - {pair[1]}, standard deviations"),
+    ]
+    for bar in bars:
+        bar.ax.tick_params(labelsize=7, which="both")
+        bar.ax.yaxis.label.set_size(8)
     figure.savefig(path, dpi=120)
 
 

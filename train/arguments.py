@@ -151,8 +151,8 @@ class StageArguments(TrainingArguments):
         metadata={
             "help": "Candidates from the whole batch (true, as in stage 1), from the row alone (false, as in stage 2), "
             "from the row and what labels prove to be a negative: the positive of a row of the same data set and "
-            "another class (labels), or from those and, in data sets without classes, the positives of all rows "
-            "(sets).",
+            "another class (labels), or from those and, in a data set without classes, the positives of its other "
+            "rows (sets).",
             "nargs": "?",
             "const": "true",
         },
@@ -357,7 +357,7 @@ class Stage2Arguments(StageArguments):
         default="false",
         metadata={
             "help": "false: two texts of one class in a batch are not negatives of each other. labels: those of "
-            "different classes of one data set are. sets: so are those of one data set without classes. true: all are.",
+            "different classes of one data set are. sets: so are any two of a data set without classes. true: all are.",
             "nargs": "?",
             "const": "true",
         },

@@ -88,8 +88,8 @@ def contrast(
         teacher: compare the softmax over each row's candidates with this teacher's: the Kullback-Leibler divergence
             of the student's from the teacher's is the row's `divergence`.
         classes: ids of each row's data set and of its class there, or `NO_CLASS`, `[batch, 2]`. With
-            `in_batch_negatives`, takes from other rows only what their labels prove to be a negative: the positive of
-            a row of the same data set and another class. Its hard negatives may be of the row's class. None: from all.
+            `in_batch_negatives`, takes from other rows only the positives of the same data set and another class. Their
+            hard negatives may be of the row's class. None: from all.
 
     Raises:
         ValueError: `temperature` is not positive, or the shapes do not match.

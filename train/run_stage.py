@@ -27,6 +27,7 @@ from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import (
+    check_apart,
     check_have_classes,
     check_have_negatives,
     have_classes,
@@ -197,16 +198,20 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
             options = (data_args.num_negatives, seed, data_args.instruction)
             write_tables(folder, sources, *options, training_args.checkpoints)
         tables = read_tables(folder, sources)
-    alone = list(zip(tables, sources, strict=True))  # sets whose rows get no negatives from their batch
-    if training_args.batch_rows > 1 and training_args.in_batch_negatives == "labels":
+    in_batch_negatives, rows = training_args.in_batch_negatives, training_args.batch_rows
+    if in_batch_negatives == "labels" and rows > 1:
         check_have_classes(tables)
-        alone = [(table, source) for table, source in alone if not have_classes(table)]
-    elif training_args.batch_rows > 1 and training_args.in_batch_negatives:
-        alone = []
-    if training_args.in_batch_negatives == "sets":
-        tables = [table if have_classes(table) else with_positives_as_classes(table) for table in tables]
     if training_args.needs_negatives:
-        check_have_negatives(alone)
+        weights = data_args.weights or [len(table) for table in tables]
+        for table, source, weight in zip(tables, sources, weights, strict=True):
+            is_of_set = in_batch_negatives in ("labels", "sets") and not training_args.batches_of_one_set
+            of_set = rows * weight / sum(weights) if is_of_set else rows
+            check_have_negatives(table, source, in_batch_negatives, of_set)
+    if in_batch_negatives == "sets":
+        check_apart(tables)
+        without = [source.name for table, source in zip(tables, sources, strict=True) if not have_classes(table)]
+        logger.info(f"in_batch_negatives is sets: rows of {', '.join(without) or 'no set'} are told apart by positives")
+        tables = [table if have_classes(table) else with_positives_as_classes(table) for table in tables]
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
     together = training_args.batch_rows if training_args.batches_of_one_set else 1

@@ -43,7 +43,7 @@ class Claim:
 class Grid:
     """A grid as its YAML file has it; see `eval/ablations/`.
 
-    A file's `like` names another, whose settings (not its axes) are this one's, too, where it has none of its own.
+    A file's `like` names another grid, whose settings (`SETTINGS`) are the defaults of this one's.
 
     Args:
         file: the YAML file; relative paths of recipes and tasks start at its folder where they exist there.
@@ -257,16 +257,17 @@ def mapping(value: object, name: str) -> dict:
 
 
 def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
-    """A grid's file as it stands, with the settings of the one that it is `like`, and paths that hold everywhere.
+    """The keys of a grid's file, with those that it inherits (`like`), and paths that hold everywhere.
 
     Args:
-        likened: the files that led to this one.
+        likened: the files that inherit from this one.
 
     Raises:
-        ValueError: it cannot be read, has an unknown key, or is like itself.
+        ValueError: it cannot be read, has an unknown key or an empty one, or inherits from itself.
     """
     if file in likened:
-        raise ValueError(f"{file} is like itself; name another file")
+        chain = " -> ".join(one.name for one in (*likened, file))
+        raise ValueError(f"{likened[-1]}: like goes round: {chain}; name another file")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -275,6 +276,8 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
     if unknown := content.keys() - KEYS:
         raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
+    if empty := [key for key, value in content.items() if key in (*SETTINGS, "like") and value in (None, [])]:
+        raise ValueError(f"{file}: {empty[0]} is empty; give it a value, or leave it out")
     if "recipe" in content:
         content["recipe"] = find_file(file, content["recipe"])
     if "tasks" in content:
@@ -286,7 +289,7 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
     for step, options in content["options"].items():
         mapping(options, f"{file}: options: {step}")
     if "like" in content:
-        base = read_content(find_file(file, content.pop("like")), (*likened, file.resolve()))
+        base = read_content(find_like(file, content.pop("like")), (*likened, file.resolve()))
         steps = [*base["options"], *(step for step in content["options"] if step not in base["options"])]
         options = {step: base["options"].get(step, {}) | content["options"].get(step, {}) for step in steps}
         content = {key: base[key] for key in SETTINGS if key in base} | content | {"options": options}
@@ -336,6 +339,19 @@ def find_grid(path: str) -> Path:
         return own
     known = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.endswith(PARTS)))
     raise ValueError(f"{path} is neither a file nor the name of a grid; the grids are {known}")
+
+
+def find_like(beside: Path, name: object) -> Path:
+    """The file that a grid inherits from: one beside it, or a grid that comes with nvembed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = beside.parent / Path(str(name)).expanduser()
+    try:
+        return (file if file.is_file() else find_grid(str(name))).resolve()
+    except ValueError as error:
+        raise ValueError(f"{beside}: like: {error}") from None
 
 
 def find_file(beside: Path, name: str) -> Path:

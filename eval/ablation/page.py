@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
 from nvembed.eval.ablation.grid import OWN, Grid
-from nvembed.eval.ablation.runner import MERGED, Results, keys
+from nvembed.eval.ablation.runner import MERGED, Results, keys_of
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
@@ -17,9 +17,10 @@ from nvembed.eval.markdown_table import markdown_table
 
 def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     """Markdown; `picture` is the chart's path as the page sees it, `command` what one types to make the section."""
-    is_zero_shot, own = bool(grid.zero_shot), keys(grid)
+    is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
     digests = sorted({code for key, code in results.code.items() if key in own})
+    digests = [f"{code} (commit {results.commits[code]})" if code in results.commits else code for code in digests]
     grid, table = folded(grid, results.by_cell(grid))
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
     lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
@@ -37,8 +38,8 @@ def section(grid: Grid, results: Results, picture: str, command: str) -> str:
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
         lines.append("")
     lines.append(
-        f"`{command}`; {hours:.2f} hours of commands, {date.today()}, code {', '.join(digests) or '-'}. The commands "
-        "of each run are in commands.txt there."
+        f"`{command}`; {hours:.2f} hours of commands, with those of steps that other grids share, {date.today()}, code "
+        f"{', '.join(digests) or '-'}. The commands of each run are in {grid.file.stem}.commands.txt there."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -48,6 +49,17 @@ def made_of(grid: Grid) -> dict:
         if "/" in value and Path(value).exists():
             known["files"] |= digest_path(Path(value), value)
     return known
+
+
+def commit() -> str | None:
+    """The commit that the code is of, "-dirty" behind it where files differ; None outside a git checkout."""
+    if not (ROOT / ".git").exists():  # installed: a repository around it is the user's
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def code_digest() -> str:

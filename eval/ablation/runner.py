@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from nvembed.eval.ablation.grid import Grid
-from nvembed.eval.ablation.provenance import code_digest, made_of
+from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
 from nvembed.eval.commands import SCRIPTS, TRAININGS, make_checkpoint, score
 from nvembed.eval.files import write_json
@@ -43,6 +43,7 @@ class Results:
         seconds: key of a step, or of a measurement -> how long it took, failed attempts included.
         code: key of a step, or of a measurement -> digest of the code that made it.
         failed: cell -> seed -> why.
+        commits: digest of the code -> the commit that it is of, where there is one.
     """
 
     made_of: dict
@@ -50,6 +51,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
 
     def missing(self, grid: Grid) -> list[Run]:
         """The runs without scores."""
@@ -86,7 +88,7 @@ def merged_keys(grid: Grid) -> dict[str, str]:
     return {name: f"{MERGED}-{hashlib.sha256(text.encode()).hexdigest()[:10]}" for name, text in keys.items()}
 
 
-def keys(grid: Grid) -> set[str]:
+def keys_of(grid: Grid) -> set[str]:
     """What `Results.seconds` and `.code` hold of this grid, in a folder that others may share."""
     runs, means = grid.runs(), merged_keys(grid).values()
     made = {step.key for run in runs for step in run.last.chain} | {*means}
@@ -199,6 +201,8 @@ class Runner:
         """Starts a job, noting the code that does it: a training that is stopped goes on later."""
         if not (self.folder_of(key) / "config.json").is_file():
             self.results.code[key] = code_digest()
+            if (of := commit()) is not None:
+                self.results.commits[code_digest()] = of
             self.results.save(self.folder)
         return pool.submit(self._timed, work, *arguments)
 

@@ -27,7 +27,7 @@ from nvembed.eval.ablation.runner import (
     claimed,
     environments,
     estimate,
-    keys,
+    keys_of,
     open_results,
 )
 from nvembed.eval.ablation.zero_shot import folded
@@ -79,7 +79,7 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     grid = Grid.read(str(grid))
     table = results.by_cell(grid)
     assert table["low"].keys() == {"1", "2", MERGED} and table["none"] == {}
-    assert results.seconds.keys() == keys(grid) - {run.key + MEASURING for run in results.missing(grid)}
+    assert results.seconds.keys() == keys_of(grid) - {run.key + MEASURING for run in results.missing(grid)}
     assert -100 <= table["low"][MERGED]["scored"] == table["low"][MERGED]["average"] <= 100
     assert "ValueError: temperature is -1.0; it must be > 0" in results.failed["none"]["1"]
     page = (tmp_path / "PAGE.md").read_text()
@@ -87,7 +87,7 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     assert (tmp_path / "ablations" / "grid.png").stat().st_size > 5000
     assert not list((tmp_path / "out").rglob("checkpoint-*"))
     # The commands that it names make what it measured.
-    lines = (tmp_path / "out" / "commands.txt").read_text().splitlines()
+    lines = (tmp_path / "out" / "grid.commands.txt").read_text().splitlines()
     assert lines[0] == "# low, seed 1" and all(line.startswith(("#", "python ", "accelerate ")) for line in lines)
     merged = lines[lines.index("# low, seeds merged") + 1]
     weights = [NVEmbedModel.from_pretrained(shlex.split(merged)[i]).state_dict() for i in (3, 4, 6)]
@@ -193,7 +193,7 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"axes": {"p": {"x": {"stage2": {"bf16": True}}}}} | PLAIN, "p: x sets options of stage2, which it does not"),
         ({"axes": {"p": {"a, b": {}, "a": {}}, "q": {"c": {}, "b, c": {}}}} | PLAIN, "two cells are called 'a, b, c'"),
         ({"steps": ["init", "stage3"]}, "there is no step 'stage3'"),
-        ({"steps": []}, "there is no step"),
+        ({"steps": []}, "steps is empty; give it a value"),
         ({"start": "runs/base"}, "start is runs/base, and the steps begin with init"),
         ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
@@ -215,7 +215,12 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ),
         ({"claims": [CLAIM | {"worse": {}}]}, "must name other values of the same axes"),
         ({"claims": [{"text": "x", "beter": {}}]}, "must have text, better, worse"),
-        ({"like": "none.yaml"}, "none.yaml, which is neither a file beside it"),
+        ({"like": "none.yaml"}, "like: none.yaml is neither a file nor the name of a grid"),
+        ({"like": 3}, "like: 3 is neither a file nor"),
+        ({"like": "smollm2"}, "like: smollm2 is neither a file nor"),
+        ({"like": None}, "like is empty; give it a value"),
+        ({"tasks": []}, "tasks is empty; give it a value"),
+        ({"dtype": None}, "dtype is empty; give it a value"),
         ({"recipe": "none.yaml"}, "none.yaml, which is neither a file beside it nor a recipe"),
         (
             {"axes": {"a": {"x": {"init": {"dtype": 1}}}, "b": {"y": {"init": {"dtype": 2}}}}} | PLAIN,
@@ -228,8 +233,8 @@ def test_grids_that_make_no_sense_are_refused(write_grid, changes, words):
         Grid.read(write_grid(**changes))
 
 
-def test_a_grid_takes_the_settings_of_one_that_it_is_like(write_grid, tmp_path):
-    """Not its axes; what both set is its own; paths hold in the other's folder."""
+def test_a_grid_inherits_the_settings_of_another(write_grid, tmp_path):
+    """Not its axes; its own win; paths start at the other's folder; a grid of the house goes by its name."""
     write_grid(minutes={"stage1": 3}, options={"init": {"base": "b", "num_latents": 8}, "stage1": {"max_steps": 4}})
     (tmp_path / "here").mkdir()
     axes = {"masks": {"b": {"init": {"mask_type": "b"}}, "c": {"init": {"mask_type": "c"}}}}
@@ -246,8 +251,12 @@ def test_a_grid_takes_the_settings_of_one_that_it_is_like(write_grid, tmp_path):
     assert grid.options == {"init": {"base": "b", "num_latents": 9}, "stage1": {"max_steps": 4}}
     for name in ("recipe", "tasks", "steps", "max_length", "minutes"):
         assert getattr(grid, name) == getattr(other, name), name
+    (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own | {"like": "poolings"}))
+    inherited = Grid.read(str(tmp_path / "here" / "masks.yaml"))
+    assert inherited.recipe.name == "held-out-recipe.yaml" and inherited.options["init"]["num_layers"] == 2
+    (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own))
     (tmp_path / "grid.yaml").write_text("like: here/masks.yaml\n")
-    with pytest.raises(ValueError, match=r"masks.yaml is like itself; name another file"):
+    with pytest.raises(ValueError, match=r"like goes round: masks.yaml -> grid.yaml -> masks.yaml; name another"):
         Grid.read(str(tmp_path / "here" / "masks.yaml"))
 
 
@@ -263,13 +272,14 @@ def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     results = open_results(grid, tmp_path, False)
     last = grid.runs()[0].last.key
     results.scores, results.code = {last: {"average": 1.0}}, {last: "0123456789ab", "of another grid": "ba9876543210"}
+    results.commits = {"0123456789ab": "bf647fc"}
     results.seconds = {last: 360.0, f"{last}:scores": 36.0, "of another grid": 3600.0}
     results.save(tmp_path)
     with pytest.raises(ValueError, match=r"results of other code \(0123456789ab, ba9876543210; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
     assert open_results(grid, tmp_path, True).scores == results.scores
     text = section(grid, results, "chart.png", "python eval/ablate.py")
-    assert "0.11 hours of commands" in text and "code 0123456789ab. " in text, "of this grid alone"
+    assert "0.11 hours of commands" in text and "code 0123456789ab (commit bf647fc). " in text, "of this grid alone"
     with pytest.raises(ValueError, match="has results of max_length 64, not 32"):
         open_results(Grid.read(write_grid(max_length=32)), tmp_path, True)
     with pytest.raises(ValueError, match="jobs is 0; it must be 1 to"):

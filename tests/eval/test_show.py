@@ -69,6 +69,19 @@ def test_separation_is_a_t_statistic_without_the_counts():
     torch.testing.assert_close(show_latents.used_latents(even), torch.tensor([8.0]))
 
 
+def test_maps_of_latents_are_sorted_by_head():
+    torch.manual_seed(0)
+    of_texts, labels = torch.rand(12, 2, 5), ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    attention, apart = show_latents.maps(of_texts, labels, ["a", "c"], ("b", "c"))
+    for head in range(2):
+        order = sorted(range(5), key=lambda latent: -of_texts[:, head, latent].mean().item())
+        for place, latent in enumerate(order):
+            torch.testing.assert_close(attention[0, head, place], of_texts[:4, head, latent].mean())
+            torch.testing.assert_close(attention[1, head, place], of_texts[8:, head, latent].mean())
+        t = stats.ttest_ind(of_texts[4:8, head].numpy(), of_texts[8:, head].numpy()).statistic * np.sqrt(1 / 4 + 1 / 4)
+        np.testing.assert_allclose(apart[head], sorted(t, reverse=True), rtol=1e-4, atol=1e-4)
+
+
 def test_latents_are_shown(tmp_path, checkpoint, data):
     options = {"data": str(data), "output_dir": str(tmp_path / "out"), "beside": str(checkpoint), "top": 3}
     show_latents.main(show_latents.LatentsArguments(model=str(checkpoint), **options))

@@ -105,7 +105,7 @@ def test_labels_as_negatives_need_classes(tmp_path, labelled):
 
 
 def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tmp_path, labelled):
-    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 6}
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 8, "max_steps": 3}
     arguments = Stage2Arguments(**options, in_batch_negatives="sets")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": f"q{i}", "positive": f"p{i // 2}"} for i in range(8)])
     sources = [DatasetSource(pairs, instruction=""), DatasetSource(str(labelled), name="labels", instruction="")]
@@ -116,6 +116,16 @@ def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tm
     plain = load_blend(DataArguments(sources, num_negatives=0), Stage1Arguments(**options))
     assert [row["query"] for row in plain] == [row["query"] for row in blend]
     assert {row["class"] for row in plain if row["dataset"] == "pairs"} == {None}
+    few = DatasetSource(pairs, instruction="", weight=0.2), DatasetSource(str(labelled), instruction="", weight=0.8)
+    with pytest.raises(ValueError, match=r"none of its 8 triplets .* \(in_batch_negatives is sets, 1.6 the set's own"):
+        load_blend(DataArguments([*few], num_negatives=0), arguments)
+    same = write_jsonl(tmp_path / "same.jsonl", [{"query": f"q{i}", "positive": "p"} for i in range(8)])
+    with pytest.raises(ValueError, match="same.jsonl: none of its 8 triplets has a negative"):
+        load_blend(DataArguments([DatasetSource(same, instruction="")], num_negatives=0), arguments)
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "dataset": "labels"} for i in range(8)]
+    unlabelled = DatasetSource(write_jsonl(tmp_path / "more.jsonl", rows), instruction="")
+    with pytest.raises(ValueError, match="of the data set 'labels' some files have classes and others none"):
+        load_blend(DataArguments([sources[1], unlabelled], num_negatives=0), arguments)
 
 
 def test_processes_that_wait_too_long_say_what_for(tmp_path, caplog):

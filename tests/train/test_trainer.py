@@ -24,9 +24,10 @@ from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.source import DatasetSource
+from nvembed.train.run_stage import load_blend
 from nvembed.train.run_stage import run_stage as train
 from nvembed.train.trainer import EmbeddingTrainer
-from tests.triplets import prepare
+from tests.triplets import prepare, write_jsonl
 
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,43 @@ def test_spread_out_and_labels_change_the_loss(tmp_path, checkpoint, labelled):
     plain, spread, labels = losses.values()
     assert spread["loss"] == pytest.approx(plain["loss"] + 5 * plain["spread_out"], abs=2e-3)
     assert labels["loss"] > plain["loss"], "more candidates"
+
+
+@pytest.mark.parametrize("in_batch_negatives", ["false", "labels", "sets", "true"])
+def test_the_loss_takes_the_negatives_that_were_asked_for(tmp_path, checkpoint, labelled, in_batch_negatives):
+    """Against a loop over the batch's texts, of a set with classes and one without."""
+    pairs = [{"query": f"why {i}", "positive": f"since {i // 2}", "negatives": [f"not {i}"]} for i in range(8)]
+    sources = [DatasetSource(write_jsonl(tmp_path / "pairs.jsonl", pairs)), DatasetSource(str(labelled), name="labels")]
+    options = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "max_steps": 1, "use_cpu": True}
+    args = Stage2Arguments(**options, in_batch_negatives=in_batch_negatives)
+    blend = load_blend(DataArguments(sources, num_negatives=1, instruction=""), args)
+    model = NVEmbedModel.from_pretrained(checkpoint).eval()
+    collate = TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=1)
+    trainer = EmbeddingTrainer(model=model, args=args, train_dataset=blend, data_collator=collate)
+    rows = [blend[i] for i in range(8)]
+    assert len({row["dataset"] for row in rows}) == 2
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, collate(rows))
+
+    def embed(texts):
+        return model.encode(texts, instruction=format_instruction(""), max_length=64).double()
+
+    losses = []
+    for row in rows:
+        positives = {other["positive"] for other in rows if other["query"] == row["query"]} | {row["query"]}
+        others = [text for text in row["negatives"][:1] if text not in positives]
+        for other in rows:
+            is_other = other is not row and other["positive"] not in positives
+            is_proven = is_other and other["dataset"] == row["dataset"] and row["class"] != other["class"]
+            has_classes = row["dataset"] == "labels"
+            is_taken = {"false": False, "labels": is_proven and has_classes, "sets": is_proven, "true": is_other}
+            if is_taken[in_batch_negatives]:
+                others.append(other["positive"])
+            if in_batch_negatives == "true" and other is not row:
+                others += [text for text in other["negatives"][:1] if text not in positives]
+        similarity = embed([row["query"]]) @ embed([row["positive"], *others]).T
+        losses.append(-(similarity / args.temperature).log_softmax(-1)[0, 0])
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("arguments", [Stage1Arguments, Stage2Arguments])

@@ -3,8 +3,9 @@
     python train/data/hold_out.py --data data/banking77 data/squad --output_dir runs/held-out --share 0.1
 
 Writes a folder for each set with `train` (what is left) and `dev`: JSONL, or a BEIR folder's judgements with its corpus
-and queries. Equal texts (but for case and punctuation) are on one side, as are all queries of a document. Which side
-follows from the text alone, so that other rows in a file, or another order, change nothing.
+and queries. A row's side follows from its text alone (of a pair, the first; but for case and punctuation): equal texts
+are on one side, and other rows in a file, or another order, change nothing. All queries of a document are on one side,
+too. The second texts of pairs can be on both.
 """
 
 import argparse

@@ -41,7 +41,7 @@ TRIPLET_FEATURES = Features(
         "symmetric": Value("bool"),
         "positive_score": Value("float64"),  # a teacher's, where the data came with one
         "negative_scores": ListOf(Value("float64")),
-        "class": Value("string"),  # of query and positive, where the data are labelled
+        "class": Value("string"),  # of query and positive, in labelled data
     }
 )
 
@@ -195,15 +195,30 @@ def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]
     return tables
 
 
-def check_have_negatives(tables: Iterable[tuple[Dataset, DatasetSource]]) -> None:
-    """Raises a `ValueError` for a data set without a single negative: its loss would always be 0."""
-    for table, source in tables:
-        if not pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
-            raise ValueError(
-                f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
-                "(in_batch_negatives off, or one row a batch), so nothing would be learned from it: give it negatives, "
-                "leave them out of the file to have them mined, or drop the set"
-            )
+def check_have_negatives(table: Dataset, source: DatasetSource, in_batch_negatives: bool | str, rows: float) -> None:
+    """That a data set has negatives, or its rows get some from their batch; else their loss would always be 0.
+
+    Args:
+        rows: of those that in-batch negatives come from, how many a batch has on average.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
+        return
+    column = None
+    if in_batch_negatives in ("labels", "sets"):
+        column = "class" if have_classes(table) else "positive" if in_batch_negatives == "sets" else None
+        is_alone = column is None or rows < 2 or pc.count_distinct(table.data.column(column)).as_py() < 2
+    else:
+        is_alone = not in_batch_negatives or rows < 2
+    if is_alone:
+        of = "the set's own rows" if column else "rows"
+        raise ValueError(
+            f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
+            f"(in_batch_negatives is {str(in_batch_negatives).lower()}, {rows:.3g} {of} a batch), so nothing would be "
+            "learned from it: give it negatives, leave them out of the file to have them mined, or drop the set"
+        )
 
 
 def have_classes(table: Dataset) -> bool:
@@ -212,12 +227,24 @@ def have_classes(table: Dataset) -> bool:
 
 
 def with_positives_as_classes(table: Dataset) -> Dataset:
-    """A table without classes whose rows are told apart by their positives: a class of those that share one."""
+    """A table without classes, with each row's positive as its class: rows of one positive are of one class."""
     return table.with_transform(_positives_as_classes)
 
 
 def _positives_as_classes(batch: dict[str, list]) -> dict[str, list]:
     return batch | {"class": batch["positive"]}
+
+
+def check_apart(tables: Sequence[Dataset]) -> None:
+    """Raises a `ValueError` if tables with classes and without have rows of one data set (a column `dataset`)."""
+    names = {True: set(), False: set()}
+    for table in tables:
+        names[have_classes(table)] |= {*pc.unique(table.data.column("dataset")).to_pylist()}
+    if both := names[True] & names[False]:
+        raise ValueError(
+            f"in_batch_negatives is sets, and of the data set {min(both)!r} some files have classes and others none, "
+            "which would be taken for other classes: give all of them a column `class`, or other names of `dataset`"
+        )
 
 
 def check_have_classes(tables: Sequence[Dataset]) -> None:
