@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -73,6 +74,12 @@ def run(script: str, *arguments: str, **options) -> str:
     """
     options = {"stdout": subprocess.PIPE} | options
     return subprocess.run([sys.executable, script, *arguments], check=True, text=True, **options).stdout
+
+
+def as_typed(script: str, *arguments: str) -> str:
+    """The command line of a script of the project as one would type it."""
+    start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
+    return shlex.join([*start, script, *arguments])
 
 
 @cache

@@ -88,6 +88,10 @@ def attention(model: NVEmbedModel, texts: list[str], instruction: str, max_lengt
     return Attention(of_texts, {token: (counts[token], total) for token, total in sums.items()})
 
 
+def of_class(of_texts: Tensor, labels: list[str], label: str) -> Tensor:
+    return of_texts[[own == label for own in labels]]
+
+
 def separation(of_texts: Tensor, labels: list[str], pair: tuple[str, str]) -> Tensor:
     """How far apart two classes are in each latent: difference of means in pooled standard deviations.
 
@@ -97,7 +101,7 @@ def separation(of_texts: Tensor, labels: list[str], pair: tuple[str, str]) -> Te
     Returns:
         `[heads, latents]`, signed: above 0 where the first class attends more.
     """
-    first, second = (of_texts[[label == name for label in labels]] for name in pair)
+    first, second = (of_class(of_texts, labels, name) for name in pair)
     variance = ((len(first) - 1) * first.var(0) + (len(second) - 1) * second.var(0)) / (len(first) + len(second) - 2)
     return (first.mean(0) - second.mean(0)) / variance.sqrt().clamp(min=1e-12)
 
@@ -142,7 +146,7 @@ def describe(model: NVEmbedModel, name: str, seen: Attention, labels: list[str],
                     {
                         "head": place // width, "latent": place % width, "separation": scores.flatten()[place].item(),
                         "attention": [
-                            seen.of_texts[[own == label for own in labels]].mean(0).flatten()[place].item()
+                            of_class(seen.of_texts, labels, label).mean(0).flatten()[place].item()
                             for label in pair
                         ],
                         "tokens": top_tokens(model, seen.tokens, place // width, place % width, args.top),
@@ -178,7 +182,7 @@ def maps(of_texts: Tensor, labels: list[str], shown: list[str], pair: tuple[str,
         separation of the pair, `[heads, latents]`, sorted by itself; both from the highest on.
     """
     order = of_texts.mean(0).argsort(-1, descending=True)
-    means = [of_texts[[own == label for own in labels]].mean(0).gather(-1, order) for label in shown]
+    means = [of_class(of_texts, labels, label).mean(0).gather(-1, order) for label in shown]
     return torch.stack(means), separation(of_texts, labels, pair).sort(-1, descending=True).values
 
 

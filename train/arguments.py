@@ -262,6 +262,11 @@ class StageArguments(TrainingArguments):
             raise ValueError(f"matryoshka_weights is {weights} for matryoshka_dims {dims}; each needs one above 0")
 
     @property
+    def negatives_are_of_the_set(self) -> bool:
+        """Whether in-batch negatives come from rows of the same data set alone."""
+        return self.in_batch_negatives in ("labels", "sets")
+
+    @property
     def needs_negatives(self) -> bool:
         """Whether nothing would be learned without them."""
         return True

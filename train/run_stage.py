@@ -203,10 +203,10 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
         check_have_classes(tables)
     if training_args.needs_negatives:
         weights = data_args.weights or [len(table) for table in tables]
+        is_divided = training_args.negatives_are_of_the_set and not training_args.batches_of_one_set
         for table, source, weight in zip(tables, sources, weights, strict=True):
-            is_of_set = in_batch_negatives in ("labels", "sets") and not training_args.batches_of_one_set
-            of_set = rows * weight / sum(weights) if is_of_set else rows
-            check_have_negatives(table, source, in_batch_negatives, of_set)
+            rows_of_set = rows * weight / sum(weights) if is_divided else rows
+            check_have_negatives(table, source, in_batch_negatives, rows_of_set)
     if in_batch_negatives == "sets":
         check_apart(tables)
         without = [source.name for table, source in zip(tables, sources, strict=True) if not have_classes(table)]

@@ -202,7 +202,7 @@ class EmbeddingTrainer(Trainer):
             bool(self.args.in_batch_negatives),
             self.args.false_negative_margin,
             None if distillation is None else distillation.scores(inputs),
-            classes if self.args.in_batch_negatives in ("labels", "sets") else None,
+            classes if self.args.negatives_are_of_the_set else None,
         )
         loss = rows.losses.mean()
         if distillation is not None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from nvembed.eval.ablation.grid import Grid
 from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
-from nvembed.eval.commands import SCRIPTS, TRAININGS, make_checkpoint, score
+from nvembed.eval.commands import SCRIPTS, as_typed, make_checkpoint, score
 from nvembed.eval.files import write_json
 
 
@@ -200,9 +199,9 @@ class Runner:
     def _submit(self, pool: ThreadPoolExecutor, key: str, work, *arguments):
         """Starts a job, noting the code that does it: a training that is stopped goes on later."""
         if not (self.folder_of(key) / "config.json").is_file():
-            self.results.code[key] = code_digest()
+            code = self.results.code[key] = code_digest()
             if (of := commit()) is not None:
-                self.results.commits[code_digest()] = of
+                self.results.commits[code] = of
             self.results.save(self.folder)
         return pool.submit(self._timed, work, *arguments)
 
@@ -255,22 +254,18 @@ class Runner:
         """What one would type, by what it makes: a cell of a seed, or a mean of seeds."""
         lines = {}
         for run in self.grid.runs():
-            own = [self._command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
+            own = [command(SCRIPTS[s.name], self.arguments(s), self.folder_of(s.key)) for s in run.last.chain]
             measuring = self._measuring(run.last.key, run.tasks)
             lines[f"{cell_name(run.cell)}, seed {run.seed}"] = [*own, measuring]
         for name, key in merged_keys(self.grid).items():
-            own = self._command("train/merge.py", self.merging(name), self.folder_of(key))
+            own = command("train/merge.py", self.merging(name), self.folder_of(key))
             lines[f"{name}, seeds merged"] = [own, self._measuring(key, ())]
         return lines
-
-    def _command(self, script: str, arguments: list[str], output_dir: Path) -> str:
-        start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
-        return shlex.join([*start, script, *arguments, "--output_dir", str(output_dir)])
 
     def _measuring(self, key: str, names: Sequence[str]) -> str:
         """The command that measures a checkpoint, on tasks of these names if there are any, else on all."""
         arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options(names)]
-        return self._command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
+        return command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
 
     def _options(self, names: Sequence[str]) -> list[str]:
         options = ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
@@ -317,6 +312,10 @@ class Runner:
 
     def _fail(self, name: str, seed: str, reason: str) -> None:
         self.results.failed.setdefault(name, {})[seed] = reason
+
+
+def command(script: str, arguments: list[str], output_dir: Path) -> str:
+    return as_typed(script, *arguments, "--output_dir", str(output_dir))
 
 
 def environments(jobs: int) -> Iterator[dict[str, str]]:

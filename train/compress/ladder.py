@@ -12,7 +12,6 @@ that the ladder starts from and of each step's.
 
 import argparse
 import json
-import shlex
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from nvembed.eval.commands import (
     ROOT,
     SCRIPTS,
-    TRAININGS,
+    as_typed,
     errors_in_one_line,
     known_options,
     make_checkpoint,
@@ -185,8 +184,7 @@ def main() -> None:
     check(ladder)
     if args.dry_run:
         for step in ladder.steps:
-            start = ["accelerate", "launch"] if Path(SCRIPTS[step]).name in TRAININGS else ["python"]
-            print(shlex.join([*start, SCRIPTS[step], "--config", str(ladder.recipe)]))
+            print(as_typed(SCRIPTS[step], "--config", str(ladder.recipe)))
         return
     results = run_ladder(ladder)
     write_json(ladder.output_dir / "ladder.json", results)
