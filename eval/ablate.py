@@ -15,6 +15,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
 from nvembed.eval.ablation.page import draw, put_section, section
 from nvembed.eval.ablation.runner import Results, Runner, check_jobs, claimed, estimate, open_results
@@ -43,6 +45,10 @@ def ablate(args: argparse.Namespace) -> int:
     if args.seeds is not None:
         check_seeds(args.seeds)
         grid.seeds = args.seeds
+    if args.use_gpu:
+        if not torch.cuda.is_available():
+            raise ValueError("use_gpu is set and there is no GPU that torch can use; leave it out")
+        grid.train_on_gpu()
     check_options(grid)
     if args.dry_run:
         print_plan(grid, Runner(grid, folder, open_results(grid, folder, args.mix_revisions), args.jobs))
@@ -62,6 +68,7 @@ def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) 
     command = ["python", "eval/ablate.py", args.grid, "--output_dir", args.output_dir]
     command += ["--seeds", *map(str, args.seeds)] if args.seeds is not None else []
     command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
+    command += ["--use_gpu"] if args.use_gpu else []
     command = shlex.join([*command, *(["--mix_revisions"] if args.mix_revisions else [])])
     name = grid.file.stem  # a folder may hold several grids
     text = section(grid, results, f"{name}.png", command)
@@ -78,7 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", help="a YAML file, or the name of a grid that comes with nvembed")
     parser.add_argument("--output_dir", required=True, help="folder for checkpoints, scores and the page's section")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: a GPU each, or shares of a CPU's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with a share of the cores")
+    parser.add_argument("--use_gpu", action="store_true", help="train there, though the recipe says use_cpu")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
     parser.add_argument("--page", help="Markdown file to write the section into")

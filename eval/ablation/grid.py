@@ -1,6 +1,7 @@
 """A grid of trainings: a base recipe, axes of overrides, seeds; as YAML, and as the runs that it asks for."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from pathlib import Path
@@ -12,6 +13,7 @@ from nvembed.eval.commands import ROOT, SCRIPTS, known_options
 
 
 WITHOUT_RECIPE = ("init",)
+TRAININGS = ("stage1", "stage2", "distill")
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
@@ -212,6 +214,11 @@ class Grid:
         """The tasks whose own training splits a cell leaves out; of a grid that is not zero-shot, none."""
         return tuple(task for axis, value in cell for task in self.zero_shot.get(axis, {}).get(value, ()))
 
+    def train_on_gpu(self) -> None:
+        """Overrules `use_cpu`, which the recipes for two cores set, in every training of every run."""
+        for step in {step for cell in self.cells() for step in self._steps(cell)} & {*TRAININGS}:
+            self.options[step] = self.options.get(step, {}) | {"use_cpu": False}
+
     def changes(self) -> Iterator[dict]:
         for values in self.axes.values():
             yield from values.values()
@@ -386,6 +393,8 @@ def check_options(grid: Grid) -> None:
     for source in (grid.options, *grid.changes()):
         for step in source.keys() - RESERVED:
             asked.setdefault(step, set()).update(source[step])
-    for step, names in asked.items():
-        if unknown := names - known_options(SCRIPTS[step]):
+    with ThreadPoolExecutor() as pool:  # each takes as long to start as a training does
+        known = pool.map(known_options, (SCRIPTS[step] for step in asked))
+    for (step, names), options in zip(asked.items(), known):
+        if unknown := names - options:
             raise ValueError(f"{grid.file}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")

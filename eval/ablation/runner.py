@@ -143,7 +143,7 @@ class Runner:
     """Runs what is missing.
 
     Args:
-        jobs: how many commands at a time: one for each GPU, or a share of the CPU's cores for each.
+        jobs: how many commands at a time, each with a share of the CPU's cores, spread over the GPUs if there are any.
     """
 
     grid: Grid
@@ -319,14 +319,12 @@ def command(script: str, arguments: list[str], output_dir: Path) -> str:
 
 
 def environments(jobs: int) -> Iterator[dict[str, str]]:
-    """The environments of commands that run beside each other: a GPU each, or a share of the cores."""
-    cores = max(1, (os.cpu_count() or 1) // jobs)
+    """The environments of commands that run beside each other: a share of the cores each, and one of the GPUs."""
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     devices = visible_devices()
     for job in range(jobs):
-        if devices:
-            yield os.environ | {"CUDA_VISIBLE_DEVICES": devices[job]}
-        else:
-            yield os.environ | ({"OMP_NUM_THREADS": str(cores)} if jobs > 1 else {})
+        device = {"CUDA_VISIBLE_DEVICES": devices[job % len(devices)]} if devices else {}
+        yield os.environ | share | device
 
 
 def visible_devices() -> list[str]:
@@ -337,11 +335,10 @@ def visible_devices() -> list[str]:
 
 
 def check_jobs(jobs: int) -> None:
-    """Raises a `ValueError` if there are more jobs than GPUs, or than cores."""
-    devices = len(visible_devices())
-    most, of = (devices, "GPUs") if devices else (os.cpu_count() or 1, "cores")
+    """Raises a `ValueError` if there are more jobs than cores; a GPU may serve several, as small models need it to."""
+    most = os.cpu_count() or 1
     if not 1 <= jobs <= most:
-        raise ValueError(f"jobs is {jobs}; it must be 1 to {most}, the number of {of}")
+        raise ValueError(f"jobs is {jobs}; it must be 1 to {most}, the number of cores")
 
 
 def estimate(grid: Grid, results: Results) -> list[tuple[str, int, float | None]]:

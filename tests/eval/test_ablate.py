@@ -353,8 +353,18 @@ def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, t
 def test_jobs_get_the_gpus_that_may_be_used(monkeypatch, visible):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    given = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(2)]
-    assert given == (["4", "5"] if visible else ["0", "1"])
+    given = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(3)]
+    assert given == (["4", "5", "4"] if visible else ["0", "1", "0"])
+
+
+def test_trainings_move_to_the_gpu(write_grid):
+    cpu, gpu = Grid.read(write_grid()), Grid.read(write_grid())
+    gpu.train_on_gpu()
+    for on_cpu, on_gpu in zip(cpu.runs(), gpu.runs()):
+        for before, after in zip(on_cpu.last.chain, on_gpu.last.chain):
+            is_training = after.name != "init"
+            assert after.options == (*before.options, *(("--use_cpu", "false") if is_training else ()))
+            assert (after.key != before.key) == is_training, "results of both never mix"
 
 
 def test_a_page_keeps_its_other_sections(tmp_path):
