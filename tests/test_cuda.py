@@ -11,11 +11,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.sparse import to_sparse_semi_structured
 from transformers import BitsAndBytesConfig
 
 from nvembed import NVEmbedModel
 from nvembed.eval.log_history import LOG_FILE
+from nvembed.eval.speed.compressed import keep_two_of_four
 from nvembed.eval.vectors import VectorShards
 from nvembed.texts_nvembed import PackedLayout, has_varlen_kernel
 from tests.conftest import ROOT
@@ -68,6 +71,18 @@ def test_attention_of_packed_texts_and_its_gradients_equal_float64(head_dim, is_
     assert relative_error(actual.detach(), expected.detach()) < 1e-2
     for mine, theirs in zip(ours, exact):
         assert relative_error(mine.grad, theirs.grad) < 1e-2
+
+
+def test_attention_takes_what_semi_structured_layers_return():
+    """torch's 2:4 kernels, of which a linear layer's output has its columns one after the other."""
+    torch.manual_seed(0)
+    dense = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
+    sparse = to_sparse_semi_structured(keep_two_of_four(dense))
+    lengths = [5, 60, 31]
+    x = torch.randn(sum(lengths), 128, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (F.linear(x, weight).view(-1, 2, 64) for weight in (dense, dense, sparse))
+    attended = PackedLayout(lengths).attend(q, k, v)
+    torch.testing.assert_close(attended, PackedLayout(lengths).attend(q, k, v.contiguous()))
 
 
 @pytest.mark.parametrize("is_folded", [False, True])

@@ -188,6 +188,7 @@ def test_variable_length_kernel_gets_what_it_needs(monkeypatch, parameters):
         assert ends_q.dtype == torch.int32
         assert ends_q.equal(ends_k)
         assert longest_q == longest_k == int(ends_q.diff().max())
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "as flash-attn wants"
         is_grouped = options.get("enable_gqa", "causal" in parameters)
         assert is_grouped or k.shape == q.shape
         is_causal = bool(options.get("causal") or options.get("is_causal") or options.get("window_size") == (-1, 0))
@@ -212,6 +213,9 @@ def test_variable_length_kernel_gets_what_it_needs(monkeypatch, parameters):
     torch.testing.assert_close(layout.attend(q, k, v), expected)
     assert len(calls) == 2
     assert calls[0] is calls[1], "the ends are made once for all layers"
+    assert not (in_columns := v.flatten(1).T.contiguous().T.view(14, 2, 8)).is_contiguous()
+    torch.testing.assert_close(layout.attend(q, k, in_columns), expected)
+    calls.pop()
     torch.testing.assert_close(layout.attend(q, k, v, is_causal=True), causal)
     assert len(calls) == 2 + bool(parameters - {"enable_gqa"}), "a kernel that has a causal mask is told of it"
 
