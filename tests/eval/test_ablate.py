@@ -385,7 +385,7 @@ def test_the_grids_of_the_house_are_grids(file):
     if file.stem.endswith(PARTS):
         return
     grid = Grid.read(str(file))
-    assert len(grid.seeds) >= 3 and grid.caption
+    assert grid.caption and (len(grid.seeds) >= 3 or not grid.claims)
     view, scores = folded(grid, Results({}).by_cell(grid))
     assert all(matched(view, claim) and judge(view, scores, claim).differences == [] for claim in view.claims)
 
