@@ -300,7 +300,7 @@ class PackedLayout:
             if not VARLEN_OPTIONS & {"causal", "enable_gqa"}:
                 k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])
             options = varlen_options(is_causal, is_grouped=k.shape[-2] < q.shape[-2])
-            # Sparse and quantized linear layers may return their columns one after the other, which it refuses.
+            # torch's 2:4 linear layers give column-major outputs; the kernel needs stride 1 in the last dimension.
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
             return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
         k, v = repeat_heads(k, q.shape[-2]), repeat_heads(v, q.shape[-2])

@@ -46,8 +46,8 @@ def ablate(args: argparse.Namespace) -> int:
         check_seeds(args.seeds)
         grid.seeds = args.seeds
     if args.use_gpu:
-        if not torch.cuda.is_available():
-            raise ValueError("use_gpu is set and there is no GPU that torch can use; leave it out")
+        if not (args.dry_run or torch.cuda.is_available()):
+            raise ValueError("--use_gpu is set and there is no GPU that torch can use; leave it out")
         grid.train_on_gpu()
     check_options(grid)
     if args.dry_run:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("grid", help="a YAML file, or the name of a grid that comes with nvembed")
     parser.add_argument("--output_dir", required=True, help="folder for checkpoints, scores and the page's section")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with a share of the cores")
-    parser.add_argument("--use_gpu", action="store_true", help="train there, though the recipe says use_cpu")
+    parser.add_argument("--use_gpu", action="store_true", help="train on GPUs even where the recipe sets use_cpu")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
     parser.add_argument("--page", help="Markdown file to write the section into")

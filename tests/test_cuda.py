@@ -74,15 +74,16 @@ def test_attention_of_packed_texts_and_its_gradients_equal_float64(head_dim, is_
 
 
 def test_attention_takes_what_semi_structured_layers_return():
-    """torch's 2:4 kernels, of which a linear layer's output has its columns one after the other."""
+    """torch's 2:4 linear layers, whose outputs are column-major."""
     torch.manual_seed(0)
-    dense = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
-    sparse = to_sparse_semi_structured(keep_two_of_four(dense))
     lengths = [5, 60, 31]
     x = torch.randn(sum(lengths), 128, device="cuda", dtype=torch.bfloat16)
-    q, k, v = (F.linear(x, weight).view(-1, 2, 64) for weight in (dense, dense, sparse))
-    attended = PackedLayout(lengths).attend(q, k, v)
-    torch.testing.assert_close(attended, PackedLayout(lengths).attend(q, k, v.contiguous()))
+    weights = (torch.randn(128, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    sparse = [to_sparse_semi_structured(keep_two_of_four(weight)) for weight in weights]
+    q, k, v = (F.linear(x, weight).view(-1, 2, 64) for weight in sparse)
+    assert q.stride(-1) != 1 and k.stride(-1) != 1 and v.stride(-1) != 1
+    layout = PackedLayout(lengths)
+    torch.testing.assert_close(layout.attend(q, k, v), layout.attend(q.contiguous(), k.contiguous(), v.contiguous()))
 
 
 @pytest.mark.parametrize("is_folded", [False, True])

@@ -13,7 +13,7 @@ from nvembed.eval.commands import ROOT, SCRIPTS, known_options
 
 
 WITHOUT_RECIPE = ("init",)
-TRAININGS = ("stage1", "stage2", "distill")
+TRAINING_STEPS = ("stage1", "stage2", "distill")
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
@@ -215,8 +215,18 @@ class Grid:
         return tuple(task for axis, value in cell for task in self.zero_shot.get(axis, {}).get(value, ()))
 
     def train_on_gpu(self) -> None:
-        """Overrules `use_cpu`, which the recipes for two cores set, in every training of every run."""
-        for step in {step for cell in self.cells() for step in self._steps(cell)} & {*TRAININGS}:
+        """Overrules `use_cpu`, which recipes for a CPU set, in every training of every run.
+
+        Raises:
+            ValueError: an axis sets it, or no run trains.
+        """
+        steps = {step for cell in self.cells() for step in self._steps(cell)} & {*TRAINING_STEPS}
+        if not steps:
+            raise ValueError(f"{self.file}: --use_gpu is for trainings, and no run has one: leave it out")
+        for axis, values in self.axes.items():
+            if any(place.endswith(".use_cpu") for change in values.values() for place in places(change)):
+                raise ValueError(f"{self.file}: axis {axis} sets use_cpu: leave it, or --use_gpu, out")
+        for step in steps:
             self.options[step] = self.options.get(step, {}) | {"use_cpu": False}
 
     def changes(self) -> Iterator[dict]:

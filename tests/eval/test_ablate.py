@@ -350,11 +350,15 @@ def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, t
 
 
 @pytest.mark.parametrize("visible", ["", "4,5"])
-def test_jobs_get_the_gpus_that_may_be_used(monkeypatch, visible):
+def test_jobs_get_a_share_of_the_cores_and_the_gpus_in_turn(monkeypatch, visible):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    given = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(3)]
-    assert given == (["4", "5", "4"] if visible else ["0", "1", "0"])
+    given = [(one["CUDA_VISIBLE_DEVICES"], one["OMP_NUM_THREADS"]) for one in environments(3)]
+    assert given == [(device, "4") for device in (["4", "5", "4"] if visible else ["0", "1", "0"])]
+    check_jobs(12)
+    with pytest.raises(ValueError, match="jobs is 13; it must be 1 to 12, the number of cores"):
+        check_jobs(13)
 
 
 def test_trainings_move_to_the_gpu(write_grid):
@@ -365,6 +369,12 @@ def test_trainings_move_to_the_gpu(write_grid):
             is_training = after.name != "init"
             assert after.options == (*before.options, *(("--use_cpu", "false") if is_training else ()))
             assert (after.key != before.key) == is_training, "results of both never mix"
+    both = {"where": {"cpu": {"stage1": {"use_cpu": True}}, "gpu": {"stage1": {"use_cpu": False}}}}
+    with pytest.raises(ValueError, match="axis where sets use_cpu: leave it, or --use_gpu, out"):
+        Grid.read(write_grid(axes=both, paper={}, claims=[])).train_on_gpu()
+    seeds = {"latents": {"4": {"init": {"num_latents": 4}}, "8": {"init": {"num_latents": 8}}}}
+    with pytest.raises(ValueError, match="--use_gpu is for trainings, and no run has one"):
+        Grid.read(write_grid(axes=seeds, steps=["init"], options={}, paper={}, claims=[])).train_on_gpu()
 
 
 def test_a_page_keeps_its_other_sections(tmp_path):
