@@ -15,11 +15,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
 from nvembed.eval.ablation.page import draw, put_section, section
-from nvembed.eval.ablation.runner import Results, Runner, check_jobs, claimed, estimate, open_results
+from nvembed.eval.ablation.runner import (
+    Results,
+    Runner,
+    check_jobs,
+    claimed,
+    estimate,
+    open_results,
+    visible_devices,
+)
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.eval.markdown_table import markdown_table
 
@@ -46,7 +52,7 @@ def ablate(args: argparse.Namespace) -> int:
         check_seeds(args.seeds)
         grid.seeds = args.seeds
     if args.use_gpu:
-        if not (args.dry_run or torch.cuda.is_available()):
+        if not (args.dry_run or visible_devices()):
             raise ValueError("--use_gpu is set and there is no GPU that torch can use; leave it out")
         grid.train_on_gpu()
     check_options(grid)

@@ -76,9 +76,14 @@ def run(script: str, *arguments: str, **options) -> str:
     return subprocess.run([sys.executable, script, *arguments], check=True, text=True, **options).stdout
 
 
+def is_training(script: str) -> bool:
+    """Whether it is started by `accelerate launch`, goes on from its checkpoints and has transformers' options."""
+    return Path(script).name in TRAININGS
+
+
 def as_typed(script: str, *arguments: str) -> str:
     """The command line of a script of the project as one would type it."""
-    start = ["accelerate", "launch"] if Path(script).name in TRAININGS else ["python"]
+    start = ["accelerate", "launch"] if is_training(script) else ["python"]
     return shlex.join([*start, script, *arguments])
 
 
@@ -119,7 +124,7 @@ def make_checkpoint(folder: Path, script: str, arguments: Sequence[str], made_of
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, made_of)
     arguments = [*arguments, "--output_dir", str(folder)]
-    if Path(script).name in TRAININGS:
+    if is_training(script):
         if any(folder.glob("checkpoint-*")):
             arguments += ["--resume_from_checkpoint", "true"]
         launch(str(ROOT / script), *arguments, **options)

@@ -9,11 +9,10 @@ from pathlib import Path
 import yaml
 
 from nvembed.eval.ablation.runs import STEPS, Run, Step, cell_name, spell
-from nvembed.eval.commands import ROOT, SCRIPTS, known_options
+from nvembed.eval.commands import ROOT, SCRIPTS, is_training, known_options
 
 
 WITHOUT_RECIPE = ("init",)
-TRAINING_STEPS = ("stage1", "stage2", "distill")
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
@@ -220,7 +219,7 @@ class Grid:
         Raises:
             ValueError: an axis sets it, or no run trains.
         """
-        steps = {step for cell in self.cells() for step in self._steps(cell)} & {*TRAINING_STEPS}
+        steps = {step for cell in self.cells() for step in self._steps(cell) if is_training(SCRIPTS[step])}
         if not steps:
             raise ValueError(f"{self.file}: --use_gpu is for trainings, and no run has one: leave it out")
         for axis, values in self.axes.items():

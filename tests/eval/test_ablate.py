@@ -372,9 +372,9 @@ def test_trainings_move_to_the_gpu(write_grid):
     both = {"where": {"cpu": {"stage1": {"use_cpu": True}}, "gpu": {"stage1": {"use_cpu": False}}}}
     with pytest.raises(ValueError, match="axis where sets use_cpu: leave it, or --use_gpu, out"):
         Grid.read(write_grid(axes=both, paper={}, claims=[])).train_on_gpu()
-    seeds = {"latents": {"4": {"init": {"num_latents": 4}}, "8": {"init": {"num_latents": 8}}}}
+    sizes = {"latents": {"4": {"init": {"num_latents": 4}}, "8": {"init": {"num_latents": 8}}}}
     with pytest.raises(ValueError, match="--use_gpu is for trainings, and no run has one"):
-        Grid.read(write_grid(axes=seeds, steps=["init"], options={}, paper={}, claims=[])).train_on_gpu()
+        Grid.read(write_grid(axes=sizes, steps=["init"], options={}, paper={}, claims=[])).train_on_gpu()
 
 
 def test_a_page_keeps_its_other_sections(tmp_path):
