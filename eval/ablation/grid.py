@@ -1,6 +1,6 @@
 """A grid of trainings: a base recipe, axes of overrides, seeds; as YAML, and as the runs that it asks for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
@@ -8,20 +8,15 @@ from pathlib import Path
 
 import yaml
 
+from nvembed.eval.ablation.grid_file import as_list, find_file, find_grid, listed, mapping, read_content
 from nvembed.eval.ablation.runs import STEPS, Run, Step, cell_name, spell
-from nvembed.eval.commands import ROOT, SCRIPTS, is_training, known_options
+from nvembed.eval.commands import SCRIPTS, is_training, known_options
 
 
 WITHOUT_RECIPE = ("init",)
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
-KEYS = {
-    "title", "caption", "recipe", "start", "steps", "options", "axes", "seeds", "tasks", "max_length", "dtype",
-    "minutes", "paper", "claims", "merge_seeds", "zero_shot", "like",
-}  # fmt: skip
-PARTS = ("-tasks", "-recipe", "-common")  # names of files beside the grids that are parts of them
-SETTINGS = ("recipe", "start", "steps", "options", "seeds", "tasks", "max_length", "dtype", "minutes")  # for `like`
 
 
 @dataclass(frozen=True)
@@ -257,61 +252,6 @@ class Grid:
         return last
 
 
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def mapping(value: object, name: str) -> dict:
-    """The value, if it is a mapping.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}; it must be a mapping")
-    return value
-
-
-def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
-    """The keys of a grid's file, with those that it inherits (`like`), and paths that hold everywhere.
-
-    Args:
-        likened: the files that inherit from this one.
-
-    Raises:
-        ValueError: it cannot be read, has an unknown key or an empty one, or inherits from itself.
-    """
-    if file in likened:
-        chain = " -> ".join(one.name for one in (*likened, file))
-        raise ValueError(f"{likened[-1]}: like goes round: {chain}; name another file")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
-    if unknown := content.keys() - KEYS:
-        raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
-    if empty := [key for key, value in content.items() if key in (*SETTINGS, "like") and value in (None, [])]:
-        raise ValueError(f"{file}: {empty[0]} is empty; give it a value, or leave it out")
-    if "recipe" in content:
-        content["recipe"] = find_file(file, content["recipe"])
-    if "tasks" in content:
-        content["tasks"] = [
-            str(find_file(file, task)) if str(task).endswith((".yaml", ".yml")) else str(task)
-            for task in as_list(content["tasks"])
-        ]
-    content["options"] = mapping(content.get("options", {}), f"{file}: options")
-    for step, options in content["options"].items():
-        mapping(options, f"{file}: options: {step}")
-    if "like" in content:
-        base = read_content(find_like(file, content.pop("like")), (*likened, file.resolve()))
-        steps = [*base["options"], *(step for step in content["options"] if step not in base["options"])]
-        options = {step: base["options"].get(step, {}) | content["options"].get(step, {}) for step in steps}
-        content = {key: base[key] for key in SETTINGS if key in base} | content | {"options": options}
-    return content
-
-
 def read_claim(file: Path, entry: object) -> Claim:
     known = [field.name for field in fields(Claim)]
     content = mapping(entry, f"{file}: a claim")
@@ -342,54 +282,10 @@ def check_seeds(seeds: object) -> None:
         raise ValueError(f"seeds is {seeds}; each must be another")
 
 
-def find_grid(path: str) -> Path:
-    """A grid's file: a path, or the name of one that comes with nvembed.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    own = Path(__file__).parents[1] / "ablations" / f"{path}.yaml"
-    if Path(path).is_file():
-        return Path(path).absolute()
-    if own.is_file():
-        return own
-    known = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml") if not file.stem.endswith(PARTS)))
-    raise ValueError(f"{path} is neither a file nor the name of a grid; the grids are {known}")
-
-
-def find_like(beside: Path, name: object) -> Path:
-    """The file that a grid inherits from: one beside it, or a grid that comes with nvembed.
-
-    Raises:
-        ValueError: there is none.
-    """
-    file = beside.parent / Path(str(name)).expanduser()
-    try:
-        return (file if file.is_file() else find_grid(str(name))).resolve()
-    except ValueError as error:
-        raise ValueError(f"{beside}: like: {error}") from None
-
-
-def find_file(beside: Path, name: str) -> Path:
-    """A file relative to the folder of another, or a recipe by its name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for path in (beside.parent / Path(name).expanduser(), ROOT / "train/recipes" / f"{name}.yaml"):
-        if path.is_file():
-            return path.resolve()
-    raise ValueError(f"{beside} names {name}, which is neither a file beside it nor a recipe that comes with nvembed")
-
-
 def places(change: Mapping) -> set[str]:
     """What an axis's value sets, such as "stage1.temperature"."""
     options = {f"{step}.{name}" for step in change.keys() - RESERVED for name in change[step]}
     return options | (change.keys() & RESERVED)
-
-
-def as_list(value: object) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check_options(grid: Grid) -> None:

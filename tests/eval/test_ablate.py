@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from nvembed.eval.ablation.claims import judge, matched, p_value
-from nvembed.eval.ablation.grid import OWN, PARTS, Claim, Grid, check_options, find_grid
+from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options
+from nvembed.eval.ablation.grid_file import PARTS, find_grid
 from nvembed.eval.ablation.page import put_section, section
 from nvembed.eval.ablation.runner import (
     MEASURING,
