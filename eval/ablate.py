@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
-from nvembed.eval.ablation.page import draw, put_section, section
+from nvembed.eval.ablation.page import draw, put_section, section, write_scores
 from nvembed.eval.ablation.runner import (
     Results,
     Runner,
@@ -70,21 +70,22 @@ def ablate(args: argparse.Namespace) -> int:
 
 
 def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) -> None:
-    """Writes the section and the chart into the folder and, if named, into a page; prints the section."""
+    """Writes section, chart and scores into the folder and, if named, into and beside a page; prints the section."""
     command = ["python", "eval/ablate.py", args.grid, "--output_dir", args.output_dir]
     command += ["--seeds", *map(str, args.seeds)] if args.seeds is not None else []
     command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     command += ["--use_gpu"] if args.use_gpu else []
     command = shlex.join([*command, *(["--mix_revisions"] if args.mix_revisions else [])])
     name = grid.file.stem  # a folder may hold several grids
-    text = section(grid, results, f"{name}.png", command)
+    text = section(grid, results, Path(), command)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    draw(grid, results, folder / f"{name}.png")
     print(text)
-    if args.page is not None:
-        picture = Path("ablations", f"{name}.png")
-        draw(grid, results, Path(args.page).parent / picture)
-        put_section(Path(args.page), name, section(grid, results, picture.as_posix(), command))
+    page, beside = args.page and Path(args.page), Path("ablations")
+    for one in [folder, *([page.parent / beside] if page else [])]:
+        draw(grid, results, one / f"{name}.png")
+        write_scores(grid, results, one / f"{name}.csv")
+    if page:
+        put_section(page, name, section(grid, results, beside, command))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""A grid's section of ABLATIONS.md: scores beside the paper's, what became of each claim, a chart."""
+"""What a grid's page shows: scores beside the paper's, what became of each claim, a chart, the scores of each run."""
 
+import csv
 import statistics
 from datetime import date
 from pathlib import Path
@@ -8,18 +9,18 @@ from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
 from nvembed.eval.ablation.grid import OWN, Grid
-from nvembed.eval.ablation.runner import MERGED, Results, keys_of
+from nvembed.eval.ablation.runner import MEASURING, MERGED, Results, keys_of, merged_keys
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
 from nvembed.eval.markdown_table import markdown_table
 
 
-def section(grid: Grid, results: Results, picture: str, command: str) -> str:
-    """Markdown; `picture` is the chart's path as the page sees it, `command` what one types to make the section."""
+def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
+    """Markdown; `folder` has the chart and the scores, as the page sees it; `command` is what makes the section."""
     is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
-    digests = sorted({code for key, code in results.code.items() if key in own})
+    name, digests = grid.file.stem, sorted({code for key, code in results.code.items() if key in own})
     digests = [f"{code} (commit {results.commits[code]})" if code in results.commits else code for code in digests]
     grid, table = folded(grid, results.by_cell(grid))
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
@@ -32,14 +33,15 @@ def section(grid: Grid, results: Results, picture: str, command: str) -> str:
     if grid.claims:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]
         lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
-    lines += ["", f"![{grid.title}: score of each cell]({picture})", ""]
+    lines += ["", f"![{grid.title}: score of each cell]({(folder / f'{name}.png').as_posix()})", ""]
     if results.failed:
         lines += ["Runs that failed:", ""]
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
         lines.append("")
     lines.append(
         f"`{command}`; {hours:.2f} hours of commands, with those of steps that other grids share, {date.today()}, code "
-        f"{', '.join(digests) or '-'}. The commands of each run are in {grid.file.stem}.commands.txt there."
+        f"{', '.join(digests) or '-'}. The commands of each run are in {name}.commands.txt there, its scores in "
+        f"[{name}.csv]({(folder / f'{name}.csv').as_posix()})."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
 
@@ -105,6 +107,22 @@ def draw(grid: Grid, results: Results, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def write_scores(grid: Grid, results: Results, path: Path) -> None:
+    """The scores in percent of every run, and of every mean of seeds, one a line, with the code that measured them."""
+    keys = [(run.cell, str(run.seed), run.key) for run in grid.runs()]
+    merged = merged_keys(grid)
+    keys += [(cell, MERGED, merged[cell_name(cell)]) for cell in grid.cells() if merged]
+    keys = [(cell, seed, key) for cell, seed, key in keys if key in results.scores]
+    tasks = list(dict.fromkeys(task for _, _, key in keys for task in results.scores[key]))
+    with whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow([*grid.axes, "seed", *tasks, "run", "code"])
+        for cell, seed, key in keys:
+            found = results.scores[key]
+            scores = [f"{found[task]:.4f}" if task in found else "" for task in tasks]
+            rows.writerow([*dict(cell).values(), seed, *scores, key, results.code.get(key + MEASURING, "")])
 
 
 def put_section(page: Path, name: str, text: str) -> None:

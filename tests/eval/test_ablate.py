@@ -1,5 +1,6 @@
 """Grids of trainings: what they run, keep, claim and refuse."""
 
+import csv
 import json
 import math
 import os
@@ -87,6 +88,12 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     page = (tmp_path / "PAGE.md").read_text()
     assert "| low |" in page and "Runs that failed:\n\n- none, seed 1: ValueError: temperature is -1.0" in page
     assert (tmp_path / "ablations" / "grid.png").stat().st_size > 5000
+    with (tmp_path / "ablations" / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["temperature"], row["seed"]) for row in rows] == [("low", "1"), ("low", "2"), ("low", MERGED)]
+    for row in rows:
+        assert float(row["average"]) == pytest.approx(table["low"][row["seed"]]["average"], abs=1e-4)
+        assert row["code"] == results.code[row["run"] + MEASURING] and results.scores[row["run"]]
     assert not list((tmp_path / "out").rglob("checkpoint-*"))
     # The commands that it names make what it measured.
     lines = (tmp_path / "out" / "grid.commands.txt").read_text().splitlines()
@@ -280,7 +287,7 @@ def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     with pytest.raises(ValueError, match=r"results of other code \(0123456789ab, ba9876543210; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
     assert open_results(grid, tmp_path, True).scores == results.scores
-    text = section(grid, results, "chart.png", "python eval/ablate.py")
+    text = section(grid, results, Path("charts"), "python eval/ablate.py")
     assert "0.11 hours of commands" in text and "code 0123456789ab (commit bf647fc). " in text, "of this grid alone"
     with pytest.raises(ValueError, match="has results of max_length 64, not 32"):
         open_results(Grid.read(write_grid(max_length=32)), tmp_path, True)
