@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from nvembed.eval.files import write_json
 
 
@@ -26,7 +28,20 @@ SCRIPTS = {  # of the steps that recipes and grids name
     "center": "train/center.py",
     "ladder": "train/compress/ladder.py",
 }
+STAGES = tuple(step for step in SCRIPTS if step != "init")  # whose settings a recipe may hold, each under its own key
 TRAININGS = ("stage1.py", "stage2.py", "distill.py")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    # macOS has no affinity to ask for.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def recipe_settings(recipe: Path, step: str) -> dict:
+    """What a recipe sets for a step: what is at its top, under what is under the step's own key."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name not in STAGES} | (content.get(step) or {})
 
 
 @contextmanager
@@ -50,15 +65,13 @@ def launch(script: str, *arguments: str, **options) -> None:
     Raises:
         subprocess.CalledProcessError: it failed; its own error has been shown.
     """
-    # macOS has no affinity to ask for.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = (options.get("env") or {}).get("OMP_NUM_THREADS", cores)
+    threads = (options.get("env") or {}).get("OMP_NUM_THREADS", cores())
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     accelerate += [
         "--mixed_precision=no",
         "--dynamo_backend=no",
         "--quiet",  # the script's own error is enough
-        f"--num_cpu_threads_per_process={cores}",
+        f"--num_cpu_threads_per_process={threads}",
     ]
     subprocess.run([*accelerate, script, *arguments], check=True, **options)
 

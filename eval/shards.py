@@ -18,6 +18,7 @@ from datatrove.utils.logging import logger as datatrove_logger
 from multiprocess import parent_process  # of the library that datatrove's executors use
 from tqdm import tqdm
 
+from nvembed.eval.commands import cores
 from nvembed.eval.files import whole
 
 
@@ -160,7 +161,7 @@ def make_shards(name: str, prepare: Callable[[], Make], paths: Sequence[Path], l
     for number in missing:  # completed, but its shards were removed since
         (logs / "completions" / f"{number % tasks:05}").unlink(missing_ok=True)
     workers = min(tasks, where.workers or tasks)
-    threads = max(1, os.cpu_count() // workers) if where.executor == "local" else None
+    threads = max(1, cores() // workers) if where.executor == "local" else None
     executor = where.make(MakeShards(name, prepare, paths, threads), tasks, logs)
     executor.run()
     if isinstance(executor, SlurmPipelineExecutor):

@@ -6,12 +6,8 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from nvembed.eval.commands import SCRIPTS
+from nvembed.eval.commands import SCRIPTS, STAGES
 from nvembed.train.data.source import resolve_entry
-
-
-# Steps that a recipe may hold the settings of, each under its own key.
-STAGES = tuple(step for step in SCRIPTS if step != "init")
 
 
 class RecipeParser(TrlParser):

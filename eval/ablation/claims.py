@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from scipy import stats
 
 from nvembed.eval.ablation.grid import Claim, Grid
+from nvembed.eval.ablation.grid_file import listed
 from nvembed.eval.ablation.runs import Table, cell_name
 
 
 LEVEL = 0.05
 TEST = (
-    f"Paired, two-sided t-test over seeds at {LEVEL:.0%}: of each seed the mean difference of the cells that differ in "
-    "this alone. Fewer than three seeds claim nothing."
+    f"Paired two-sided t-test at {LEVEL:.0%}, over each seed's mean difference between the cells that differ in this "
+    "alone. Fewer than three seeds claim nothing."
 )
 
 
@@ -42,9 +43,16 @@ class Verdict:
 
 
 def judge(grid: Grid, scores: Table, claim: Claim) -> Verdict:
-    """Tests one claim on a grid's scores, those of a zero-shot grid `folded`."""
+    """Tests one claim on a grid's scores, those of a zero-shot grid `folded`.
+
+    Raises:
+        ValueError: no task gives the claim's score.
+    """
     pairs = matched(grid, claim)
     differences = []
+    measured = next((one for by_seed in scores.values() for one in by_seed.values()), {claim.score: None})
+    if claim.score not in measured:
+        raise ValueError(f"{grid.file} names the score {claim.score!r}; the tasks give {listed(measured)}")
     for seed in map(str, grid.seeds):
         found = [(scores.get(a, {}).get(seed), scores.get(b, {}).get(seed)) for a, b in pairs]
         if found and all(one and other for one, other in found):

@@ -8,13 +8,23 @@ from pathlib import Path
 
 import yaml
 
-from nvembed.eval.ablation.grid_file import as_list, find_file, find_grid, listed, mapping, read_content
+from nvembed.eval.ablation.grid_file import (
+    DEFAULT_STEPS,
+    as_list,
+    find_file,
+    find_grid,
+    listed,
+    mapping,
+    read_content,
+    settings_digest,
+)
 from nvembed.eval.ablation.runs import STEPS, Run, Step, cell_name, spell
 from nvembed.eval.commands import SCRIPTS, is_training, known_options
 
 
 WITHOUT_RECIPE = ("init",)
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
+MEASURE, MERGED = "measure", "merged"  # what takes time beside the steps
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
 
@@ -43,10 +53,18 @@ class Grid:
 
     Args:
         file: the YAML file; relative paths of recipes and tasks start at its folder where they exist there.
+        title, caption: of the page's section: what is compared, and how to read the table.
+        recipe: of the trainings, unless a value of an axis names another.
+        steps: what makes a checkpoint, in order, of `STEPS`, unless a value of an axis has others.
         axes: axis -> value -> what the value changes: step -> options, and maybe `recipe` and `steps`.
+        tasks: files of local tasks, or names of mteb's, that every checkpoint is measured on.
+        seeds: each cell is trained once with each.
+        start: the checkpoint, or base, that the first step takes, in place of a step `init`.
         options: step -> options of every run.
-        minutes: step -> how long it takes, for the estimate; `measure` among them.
+        max_length, dtype: of measuring, as run_mteb.py has them.
+        minutes: step -> how long it takes, for the estimate; `measure` and `merged` among them.
         paper: cell, as "value, value" -> the paper's score.
+        claims: what to test.
         merge_seeds: measure the mean of each cell's seeds, too (train/merge.py).
         zero_shot: axis -> value -> the tasks whose own training splits it leaves out, and which alone it is measured
             on; all values of the axis but one, which leaves out nothing.
@@ -69,6 +87,7 @@ class Grid:
     claims: list[Claim] = field(default_factory=list)
     merge_seeds: bool = False
     zero_shot: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    digests: dict[tuple[Path, str], str] = field(default_factory=dict, repr=False)  # of settings, as they were read
 
     @classmethod
     def read(cls, path: str) -> "Grid":
@@ -90,8 +109,11 @@ class Grid:
             str(axis): {str(name): as_list(tasks) for name, tasks in mapping(of, f"{file}: zero_shot: {axis}").items()}
             for axis, of in mapping(content.get("zero_shot", {}), f"{file}: zero_shot").items()
         }
-        content["claims"] = [read_claim(file, claim) for claim in content.get("claims", [])]
-        content.setdefault("steps", ["init", "stage1", "stage2"])
+        content["claims"] = [read_claim(file, claim) for claim in as_list(content.get("claims"))]
+        paper = mapping(content.get("paper", {}), f"{file}: paper")
+        content["paper"] = {str(cell): score for cell, score in paper.items()}
+        content["minutes"] = mapping(content.get("minutes", {}), f"{file}: minutes")
+        content.setdefault("steps", DEFAULT_STEPS)
         content.setdefault("seeds", [42, 43, 44])
         grid = cls(file, **content)
         grid.check()
@@ -109,20 +131,29 @@ class Grid:
         if self.start is not None and "init" in self.steps:
             raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
         for (one, first), (other, second) in combinations(self.axes.items(), 2):
-            both = {place for change in first.values() for place in places(change)}
-            if shared := both & {place for change in second.values() for place in places(change)}:
+            both = {one for change in first.values() for one in set_by(change)}
+            if shared := both & {one for change in second.values() for one in set_by(change)}:
                 raise ValueError(f"{self.file}: axes {one} and {other} both set {min(shared)}; let one of them set it")
         names = [cell_name(cell) for cell in self.cells()]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{self.file}: two cells are called {twice[0]!r}; give their values other names")
         for cell in self.cells():
             self._check_cell(cell)
+        run = {step for cell in self.cells() for step in self._steps(cell)}
+        if idle := self.options.keys() - run:
+            raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
+        if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
+            known = ", ".join((*STEPS, MEASURE, MERGED))
+            raise ValueError(f"{self.file}: minutes are given of {min(unknown)!r}; they can be of {known}")
+        for name, figures in (("minutes", self.minutes), ("paper", self.paper)):
+            if wrong := [key for key, value in figures.items() if type(value) not in (int, float)]:
+                raise ValueError(f"{self.file}: {name}: {wrong[0]} is {figures[wrong[0]]!r}; it must be a number")
         if unknown := self.paper.keys() - {*names}:
             raise ValueError(f"{self.file}: paper has {min(unknown)!r}, which is no cell; cells are {listed(names)}")
         if self.zero_shot:
             self._check_zero_shot()
         values, scores = self.claimable(), known_scores(self.tasks)
-        if left_out := self.left_out_by_any():
+        if left_out := self.zero_shot_tasks():
             for task in left_out:
                 if scores and task not in scores - {"average"}:
                     raise ValueError(f"{self.file}: zero_shot names {task!r}; the tasks are {listed(scores)}")
@@ -158,15 +189,15 @@ class Grid:
             raise ValueError(f"{self.file}: zero_shot has {min(unknown)!r}; {axis} has {listed(self.axes[axis])}")
         if len(self.axes[axis]) != len(tasks_of) + 1:
             raise ValueError(f"{self.file}: {axis} must have one value that leaves out nothing")
-        tasks = self.left_out_by_any()
+        tasks = self.zero_shot_tasks()
         if twice := [task for task in tasks if tasks.count(task) > 1]:
             raise ValueError(f"{self.file}: zero_shot names {twice[0]!r} twice")
         for name in ("paper", "merge_seeds"):
             if getattr(self, name):
                 raise ValueError(f"{self.file}: {name} cannot stand beside zero_shot")
 
-    def left_out_by_any(self) -> list[str]:
-        """The tasks of all values of `zero_shot`."""
+    def zero_shot_tasks(self) -> list[str]:
+        """The tasks whose own training splits some runs leave out."""
         return [task for tasks_of in self.zero_shot.values() for tasks in tasks_of.values() for task in tasks]
 
     def claimable(self) -> dict[str, list[str]]:
@@ -218,7 +249,7 @@ class Grid:
         if not steps:
             raise ValueError(f"{self.file}: --use_gpu is for trainings, and no run has one: leave it out")
         for axis, values in self.axes.items():
-            if any(place.endswith(".use_cpu") for change in values.values() for place in places(change)):
+            if any(name.endswith(".use_cpu") for change in values.values() for name in set_by(change)):
                 raise ValueError(f"{self.file}: axis {axis} sets use_cpu: leave it, or --use_gpu, out")
         for step in steps:
             self.options[step] = self.options.get(step, {}) | {"use_cpu": False}
@@ -248,8 +279,17 @@ class Grid:
             for change in changes:
                 options |= change.get(step, {})
             spelled = tuple(part for name, value in options.items() for part in spell(name, value))
-            last = Step(step, spelled, None if step in WITHOUT_RECIPE else recipe, last)
+            if step in WITHOUT_RECIPE:
+                last = Step(step, spelled, None, "", last)
+            else:
+                last = Step(step, spelled, recipe, self._settings(recipe, step), last)
         return last
+
+    def _settings(self, recipe: Path, step: str) -> str:
+        """The digest of what a recipe set for a step when it was first read, so that keys stay what they are."""
+        if (recipe, step) not in self.digests:
+            self.digests[recipe, step] = settings_digest(recipe, step)
+        return self.digests[recipe, step]
 
 
 def read_claim(file: Path, entry: object) -> Claim:
@@ -269,7 +309,10 @@ def known_scores(tasks: list[str]) -> set[str]:
     for task in tasks:
         if not Path(task).is_file():
             return set()
-        entries = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["tasks"]
+        content = yaml.safe_load(Path(task).read_text(encoding="utf-8"))
+        entries = as_list(content.get("tasks")) if isinstance(content, dict) else []
+        if not entries or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+            raise ValueError(f"{task} must have a list `tasks:`, each with a path; see eval/tasks/local.py")
         names |= {entry.get("name") or Path(entry["path"]).name for entry in entries}
     return names
 
@@ -282,7 +325,7 @@ def check_seeds(seeds: object) -> None:
         raise ValueError(f"seeds is {seeds}; each must be another")
 
 
-def places(change: Mapping) -> set[str]:
+def set_by(change: Mapping) -> set[str]:
     """What an axis's value sets, such as "stage1.temperature"."""
     options = {f"{step}.{name}" for step in change.keys() - RESERVED for name in change[step]}
     return options | (change.keys() & RESERVED)

@@ -1,11 +1,13 @@
 """Finds a grid's YAML file and those that it names, and reads it with what it inherits (`like`)."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from nvembed.eval.commands import ROOT
+from nvembed.eval.commands import ROOT, recipe_settings
 
 
 KEYS = {
@@ -14,6 +16,7 @@ KEYS = {
 }  # fmt: skip
 PARTS = ("-tasks", "-recipe", "-common")  # names of files beside the grids that are parts of them
 SETTINGS = ("recipe", "start", "steps", "options", "seeds", "tasks", "max_length", "dtype", "minutes")  # for `like`
+DEFAULT_STEPS = ["init", "stage1", "stage2"]
 
 
 def listed(names: Iterable[str]) -> str:
@@ -38,7 +41,7 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
         likened: the files that inherit from this one.
 
     Raises:
-        ValueError: it cannot be read, has an unknown key or an empty one, or inherits from itself.
+        ValueError: it cannot be read, has an unknown key or one without a value, or inherits from itself.
     """
     if file in likened:
         chain = " -> ".join(one.name for one in (*likened, file))
@@ -51,7 +54,7 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"{file} holds no mapping; see eval/ablations/ for grids")
     if unknown := content.keys() - KEYS:
         raise ValueError(f"{file}: {min(unknown)} is unknown; keys are {', '.join(sorted(KEYS))}")
-    if empty := [key for key, value in content.items() if key in (*SETTINGS, "like") and value in (None, [])]:
+    if empty := [key for key, value in content.items() if value is None or key in SETTINGS and value == []]:
         raise ValueError(f"{file}: {empty[0]} is empty; give it a value, or leave it out")
     if "recipe" in content:
         content["recipe"] = find_file(file, content["recipe"])
@@ -65,10 +68,27 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
         mapping(options, f"{file}: options: {step}")
     if "like" in content:
         base = read_content(find_like(file, content.pop("like")), (*likened, file.resolve()))
-        steps = [*base["options"], *(step for step in content["options"] if step not in base["options"])]
-        options = {step: base["options"].get(step, {}) | content["options"].get(step, {}) for step in steps}
-        content = {key: base[key] for key in SETTINGS if key in base} | content | {"options": options}
+        content = {key: base[key] for key in SETTINGS if key in base} | content
+        inherited = base["options"]
+        if not likened:  # the other grid may have options of steps that this one does not run
+            inherited = {step: options for step, options in inherited.items() if step in steps_of(content)}
+        own = {step: inherited.get(step, {}) | options for step, options in content["options"].items()}
+        content["options"] = inherited | own
     return content
+
+
+def steps_of(content: dict) -> set[str]:
+    """The steps that any run of a grid has; of an axis's values, those that can be read."""
+    axes = content["axes"].values() if isinstance(content.get("axes"), dict) else ()
+    changes = [change for values in axes if isinstance(values, dict) for change in values.values()]
+    lists = [content.get("steps", DEFAULT_STEPS)]
+    lists += [change.get("steps") for change in changes if isinstance(change, dict)]
+    return {step for steps in lists if isinstance(steps, list) for step in steps}
+
+
+def settings_digest(recipe: Path, step: str) -> str:
+    """Of what a recipe sets for a step; comments and other steps' settings do not change it."""
+    return hashlib.sha256(json.dumps(recipe_settings(recipe, step), default=str).encode()).hexdigest()
 
 
 def find_grid(path: str) -> Path:

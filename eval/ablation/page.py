@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nvembed.eval.ablation.claims import TEST, Verdict, judge
-from nvembed.eval.ablation.grid import OWN, Grid
-from nvembed.eval.ablation.runner import MEASURING, MERGED, Results, keys_of, merged_keys
+from nvembed.eval.ablation.grid import MERGED, OWN, Grid
+from nvembed.eval.ablation.runner import MEASURING, Results, digests_in, keys_of, merged_keys
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.eval.files import whole
@@ -20,12 +20,12 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     """Markdown; `folder` has the chart and the scores, as the page sees it; `command` is what makes the section."""
     is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
-    name, digests = grid.file.stem, sorted({code for key, code in results.code.items() if key in own})
+    name, digests = grid.file.stem, sorted(digests_in(code for key, code in results.code.items() if key in own))
     digests = [f"{code} (commit {results.commits[code]})" if code in results.commits else code for code in digests]
     grid, table = folded(grid, results.by_cell(grid))
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
     lines += [markdown_table(score_rows(grid, table), len(grid.axes)), ""]
-    legend = ["Scores in percent: the mean over seeds ± their standard deviation (seeds)."]
+    legend = ["Scores in percent: the mean over seeds ± their standard deviation (number of seeds)."]
     legend += ["The paper's are averages of 56 tasks of MTEB, of a model of 7 B."] if grid.paper else []
     if is_zero_shot:
         legend.append(f"{OWN}: each task by a model that did not see the task's own training split, so zero-shot.")
@@ -38,9 +38,11 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
         lines += ["Runs that failed:", ""]
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
         lines.append("")
+    made_by = [f"{library} {version}" for library, version in results.made_of.get("libraries", {}).items()]
+    made_by.append(f"code {', '.join(digests) or '-'}")
     lines.append(
-        f"`{command}`; {hours:.2f} hours of commands, with those of steps that other grids share, {date.today()}, code "
-        f"{', '.join(digests) or '-'}. The commands of each run are in {name}.commands.txt there, its scores in "
+        f"`{command}`; {hours:.2f} hours of commands, with those of steps that other grids share, {date.today()}, "
+        f"{', '.join(made_by)}. The commands of each run are in {name}.commands.txt there, its scores in "
         f"[{name}.csv]({(folder / f'{name}.csv').as_posix()})."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
@@ -102,7 +104,7 @@ def draw(grid: Grid, results: Results, path: Path) -> None:
     axes.set_yticks(range(len(cells)), cells)
     axes.set_ylabel(", ".join(grid.axes))
     axes.invert_yaxis()
-    axes.set_xlabel("average score, %; a dot a seed, a line at the mean")
+    axes.set_xlabel("average score, %; one dot per seed, a line at the mean")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

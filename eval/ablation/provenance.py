@@ -3,13 +3,19 @@
 import hashlib
 import json
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from nvembed.eval.ablation.grid import Grid, as_list
-from nvembed.eval.commands import ROOT
+from nvembed.eval.ablation.grid import Grid
+from nvembed.eval.ablation.grid_file import as_list
+from nvembed.eval.ablation.runs import Step
+from nvembed.eval.commands import ROOT, recipe_settings
 from nvembed.eval.files import sha256
+
+
+LIBRARIES = ("torch", "transformers", "peft", "mteb")  # whose versions move a score
 
 
 def data_of(file: Path) -> dict[str, str]:
@@ -34,21 +40,32 @@ def digest_path(path: Path, name: str) -> dict[str, str]:
 
 
 def made_of(grid: Grid) -> dict:
-    """What decides a grid's scores beside its options, which are in the keys of its runs, and the code.
+    """What decides a grid's scores beside the options and recipes' settings, which are in its runs' keys, and the code.
 
-    Recipes' and tasks' data, what options name on disk (a base), the tasks, and how they are measured.
+    Recipes' and tasks' data, models on disk (a base, a teacher), the tasks, how they are measured, and libraries.
     """
-    runs = grid.runs()
-    steps = [step for run in runs for step in run.last.chain]
-    files = {step.recipe for step in steps if step.recipe is not None} | {Path(task) for task in grid.tasks}
+    steps = {step.key: step for run in grid.runs() for step in run.last.chain}.values()
     known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
-    known |= {"start": grid.start, "files": {}}
-    for file in sorted(file for file in files if file.is_file()):
+    known |= {"start": grid.start, "libraries": {name: version(name) for name in LIBRARIES}, "files": {}}
+    for file in sorted({step.recipe for step in steps} - {None}):
+        known["files"] |= data_of(file)
+    for file in sorted(file for file in map(Path, grid.tasks) if file.is_file()):
         known["files"] |= {file.name: sha256(file)} | data_of(file)
-    for value in sorted({part for step in steps for part in step.options} | ({grid.start} - {None})):
-        if "/" in value and Path(value).exists():
+    named = {part for step in steps for part in step.options if "/" in part} | ({grid.start} - {None})
+    for value in sorted(named.union(*(models_of(grid, step) for step in steps))):
+        if Path(value).exists():
             known["files"] |= digest_path(Path(value), value)
     return known
+
+
+def models_of(grid: Grid, step: Step) -> set[str]:
+    """The models that a step's recipe names and that it reads."""
+    if step.recipe is None:
+        return set()
+    settings, keys = recipe_settings(step.recipe, step.name), {"teacher"}
+    if step.before is None and grid.start is None:
+        keys.add("model_name_or_path")
+    return {str(settings[key]) for key in keys if settings.get(key)}
 
 
 def commit() -> str | None:
@@ -65,5 +82,6 @@ def commit() -> str | None:
 def code_digest() -> str:
     """Of the code that trains and measures, so that results of different code are told apart."""
     files = [*ROOT.glob("*.py"), *(ROOT / "train").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    files += (ROOT / "eval/tasks").glob("*.json")  # instructions
     digests = {str(file.relative_to(ROOT)): sha256(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]

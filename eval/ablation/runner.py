@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,16 +18,17 @@ from queue import Queue
 import torch
 from filelock import FileLock, Timeout
 
-from nvembed.eval.ablation.grid import Grid
+from nvembed.eval.ablation.grid import MEASURE, MERGED, Grid
+from nvembed.eval.ablation.grid_file import settings_digest
 from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
-from nvembed.eval.commands import SCRIPTS, as_typed, make_checkpoint, score
+from nvembed.eval.commands import SCRIPTS, as_typed, cores, make_checkpoint, score
 from nvembed.eval.files import write_json
 
 
 STATE = "grid.json"
-MERGED = "merged"  # in place of a seed, and what begins the key of a mean of checkpoints
 MEASURING = ":scores"  # behind the key of the step that is measured
+FAILED = ":failed"  # behind the key of what was tried in vain
 FAILURES = (subprocess.CalledProcessError, ValueError, OSError)  # of a run, which do not end the others
 ERROR = re.compile(r"^(\w+(\.\w+)*(Error|Exception|Interrupt)|[a-z_0-9]+(\.py)?): ")  # a line that says what went wrong
 
@@ -39,8 +40,9 @@ class Results:
     Args:
         made_of: recipes, data and tasks (`provenance.made_of`); results of others are not mixed in.
         scores: key of a run, or of a mean of checkpoints -> task -> score in percent, and "average".
-        seconds: key of a step, or of a measurement -> how long it took, failed attempts included.
-        code: key of a step, or of a measurement -> digest of the code that made it.
+        seconds: key of a step, or of a measurement -> how long it took; with `FAILED`, attempts that failed.
+        code: key of a step, or of a measurement -> digest of the code that made it; several, with commas, of a training
+            that went on with other code.
         failed: cell -> seed -> why.
         commits: digest of the code -> the commit that it is of, where there is one.
     """
@@ -91,7 +93,13 @@ def keys_of(grid: Grid) -> set[str]:
     """What `Results.seconds` and `.code` hold of this grid, in a folder that others may share."""
     runs, means = grid.runs(), merged_keys(grid).values()
     made = {step.key for run in runs for step in run.last.chain} | {*means}
-    return made | {key + MEASURING for key in (*(run.key for run in runs), *means)}
+    made |= {key + MEASURING for key in (*(run.key for run in runs), *means)}
+    return made | {key + FAILED for key in made}
+
+
+def digests_in(codes: Iterable[str]) -> set[str]:
+    """The digests that values of `Results.code` name."""
+    return {digest for code in codes for digest in code.split(", ")}
 
 
 @contextmanager
@@ -126,10 +134,10 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
             changed = [path for path, digest in was.items() if now["files"].get(path, digest) != digest]
             if changed:
                 raise ValueError(f"{folder} has results of another {changed[0]}: name another output_dir")
-        elif was != now[name]:
-            raise ValueError(f"{folder} has results of {name} {was!r}, not {now[name]!r}: name another output_dir")
+        elif was != now.get(name):
+            raise ValueError(f"{folder} has results of {name} {was!r}, not {now.get(name)!r}: name another output_dir")
     results.made_of["files"] |= now["files"]
-    others = {*results.code.values()} - {code_digest()}
+    others = digests_in(results.code.values()) - {code_digest()}
     if others and not mix_revisions:
         raise ValueError(
             f"{folder} has results of other code ({', '.join(sorted(others))}; this is {code_digest()}): name another "
@@ -178,7 +186,7 @@ class Runner:
                     elif len(working) < self.jobs and not missing:
                         runs.remove(run)
                         working[self._submit(pool, run.key + MEASURING, self._measure, run.last.key, run.tasks)] = run
-                    elif len(working) < self.jobs and missing[0] not in working.values():
+                    elif len(working) < self.jobs and missing[0].key not in making(working.values()):
                         working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
                 for future in wait(working, return_when=FIRST_COMPLETED).done if working else ():
                     job = working.pop(future)
@@ -199,7 +207,9 @@ class Runner:
     def _submit(self, pool: ThreadPoolExecutor, key: str, work, *arguments):
         """Starts a job, noting the code that does it: a training that is stopped goes on later."""
         if not (self.folder_of(key) / "config.json").is_file():
-            code = self.results.code[key] = code_digest()
+            code, before = code_digest(), self.results.code.get(key)
+            goes_on = before is not None and any(self.folder_of(key).glob("checkpoint-*"))
+            self.results.code[key] = ", ".join(sorted({code} | (digests_in([before]) if goes_on else set())))
             if (of := commit()) is not None:
                 self.results.commits[code] = of
             self.results.save(self.folder)
@@ -221,11 +231,18 @@ class Runner:
         """A job's result, or why there is none."""
         result, error, seconds = future.result()
         if result is not None or error is not None:
-            self.results.seconds[key] = self.results.seconds.get(key, 0.0) + seconds
+            spent = key + (FAILED if error is not None else "")
+            self.results.seconds[spent] = self.results.seconds.get(spent, 0.0) + seconds
         return result, None if error is None else self._reason(key, error)
 
     def _make(self, step: Step, environment: dict[str, str]) -> bool | None:
-        """Makes a step's checkpoint; None if it was there."""
+        """Makes a step's checkpoint; None if it was there.
+
+        Raises:
+            ValueError: the recipe is another by now.
+        """
+        if step.recipe is not None and settings_digest(step.recipe, step.name) != step.settings:
+            raise ValueError(f"{step.recipe} has changed since the grid began: run it again")
         return self._checkpoint(step.key, SCRIPTS[step.name], self.arguments(step), environment)
 
     def _checkpoint(self, key: str, script: str, arguments: list[str], environment: dict[str, str]) -> bool | None:
@@ -314,13 +331,18 @@ class Runner:
         self.results.failed.setdefault(name, {})[seed] = reason
 
 
+def making(jobs: Iterable[Step | Run]) -> set[str]:
+    """The keys of the steps among jobs; recipes that differ in other steps alone give two steps of one key."""
+    return {job.key for job in jobs if isinstance(job, Step)}
+
+
 def command(script: str, arguments: list[str], output_dir: Path) -> str:
     return as_typed(script, *arguments, "--output_dir", str(output_dir))
 
 
 def environments(jobs: int) -> Iterator[dict[str, str]]:
     """The environments of commands that run beside each other: a share of the cores each, and one of the GPUs."""
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    share = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))} if jobs > 1 else {}
     devices = visible_devices()
     for job in range(jobs):
         device = {"CUDA_VISIBLE_DEVICES": devices[job % len(devices)]} if devices else {}
@@ -336,9 +358,8 @@ def visible_devices() -> list[str]:
 
 def check_jobs(jobs: int) -> None:
     """Raises a `ValueError` if there are more jobs than cores; a GPU may serve several, as small models need it to."""
-    most = os.cpu_count() or 1
-    if not 1 <= jobs <= most:
-        raise ValueError(f"jobs is {jobs}; it must be 1 to {most}, the number of cores")
+    if not 1 <= jobs <= cores():
+        raise ValueError(f"jobs is {jobs}; it must be 1 to {cores()}, the number of cores")
 
 
 def estimate(grid: Grid, results: Results) -> list[tuple[str, int, float | None]]:
@@ -346,15 +367,17 @@ def estimate(grid: Grid, results: Results) -> list[tuple[str, int, float | None]
     runs = results.missing(grid)
     steps = {step.key: step for run in runs for step in run.last.chain if step.key not in results.seconds}
     merges = [key for key in merged_keys(grid).values() if key not in results.scores]
-    counts = {"measure": len(runs) + len(merges)}
+    counts = {MEASURE: len(runs) + len(merges)}
     for name in (*(step.name for step in steps.values()), *([MERGED] * len(merges))):
         counts[name] = counts.get(name, 0) + 1
     measured: dict[str, list[float]] = {}
     for key, seconds in results.seconds.items():
-        name = "measure" if key.endswith(MEASURING) else key.split("-")[0]
+        if key.endswith(FAILED):
+            continue
+        name = MEASURE if key.endswith(MEASURING) else key.split("-")[0]
         measured.setdefault(name, []).append(seconds / 60)
     rows = []
-    for name in sorted(counts, key=[*STEPS, MERGED, "measure"].index):
+    for name in sorted(counts, key=[*STEPS, MERGED, MEASURE].index):
         minutes = statistics.mean(measured[name]) if name in measured else grid.minutes.get(name)
         rows.append((name, counts[name], minutes))
     return rows

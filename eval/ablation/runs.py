@@ -5,8 +5,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.eval.files import sha256
-
 
 STEPS = ("init", "stage1", "stage2", "distill", "center")
 Table = dict[str, dict[str, dict[str, float]]]  # cell -> seed -> task -> score in percent
@@ -20,19 +18,20 @@ class Step:
         name: one of `STEPS`.
         options: the script's, but for the folders.
         recipe: file that holds the others; None: there is none.
+        settings: digest of what the recipe sets for this step (`grid_file.settings_digest`), "" without one.
         before: the step whose checkpoint it begins with; None: it begins anew, or with the grid's `start`.
     """
 
     name: str
     options: tuple[str, ...]
     recipe: Path | None
+    settings: str
     before: "Step | None"
 
     @property
     def key(self) -> str:
         """Of its folder: the step's name and a digest of all that leads to it."""
-        parts = [self.name, *self.options, "" if self.recipe is None else sha256(self.recipe)]
-        parts.append("" if self.before is None else self.before.key)
+        parts = [self.name, *self.options, self.settings, "" if self.before is None else self.before.key]
         return f"{self.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
 
     @property

@@ -27,6 +27,6 @@ def folded(grid: Grid, table: Table) -> tuple[Grid, Table]:
                 own = dict(cell) | ({axis: value} if dict(cell)[axis] == OWN else {})
                 measured = table[cell_name(tuple(own.items()))].get(seed, {})
                 found |= {task: measured[task] for task in tasks if task in measured}
-            if len(found) == len(grid.left_out_by_any()):
+            if len(found) == len(grid.zero_shot_tasks()):
                 by_seed[seed] = found | {"average": statistics.mean(found.values())}
     return view, scores

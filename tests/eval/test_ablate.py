@@ -10,19 +10,22 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from nvembed.eval.ablate import print_plan
+from nvembed.eval.ablation import runner
 from nvembed.eval.ablation.claims import judge, matched, p_value
-from nvembed.eval.ablation.grid import OWN, Claim, Grid, check_options
+from nvembed.eval.ablation.grid import MERGED, OWN, Claim, Grid, check_options
 from nvembed.eval.ablation.grid_file import PARTS, find_grid
 from nvembed.eval.ablation.page import put_section, section
+from nvembed.eval.ablation.provenance import code_digest
 from nvembed.eval.ablation.runner import (
     MEASURING,
-    MERGED,
     Results,
     Runner,
     check_jobs,
@@ -139,10 +142,17 @@ def test_scores_of_other_settings_are_not_taken(write_grid, tmp_path, change):
         assert found == {"mean": {}, "eos": {}}
 
 
-@pytest.mark.parametrize("file", ["scored/test.jsonl", "pairs.jsonl", "recipe.yaml", "base"])
-def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir, file):
+@pytest.mark.parametrize("where", ["option", "recipe"])
+@pytest.mark.parametrize("file", ["scored/test.jsonl", "pairs.jsonl", "tasks.yaml", "base"])
+def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir, file, where):
+    """Whether an option names the base, or the recipe."""
     shutil.copytree(decoder_dir, tmp_path / "base")
     grid = Grid.read(write_grid(options={"init": {"base": str(tmp_path / "base")}}))
+    if where == "recipe":
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + f"\nmodel_name_or_path: {tmp_path / 'base'}\n")
+        axes = {"temperature": {"low": {}, "high": {"stage1": {"temperature": 0.05}}}}
+        grid = Grid.read(write_grid(options={}, steps=["stage1"], axes=axes, **PLAIN))
     open_results(grid, tmp_path, False).save(tmp_path)
     open_results(grid, tmp_path, False)
     path = tmp_path / file if file != "base" else tmp_path / "base" / "config.json"
@@ -151,7 +161,50 @@ def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir,
         open_results(grid, tmp_path, False)
 
 
-def test_runs_that_begin_alike_share_their_steps(write_grid):
+def test_a_recipe_counts_by_what_a_step_reads_of_it(write_grid, tmp_path):
+    """Neither a comment nor another step's settings make a run another; a setting of its own does."""
+    recipe = tmp_path / "recipe.yaml"
+    common = recipe.read_text()
+
+    def keys(text: str) -> list[str]:
+        recipe.write_text(text)
+        grid = Grid.read(write_grid(steps=["init", "stage1", "stage2"]))
+        return [step.key for step in grid.runs()[0].last.chain]
+
+    plain = keys(f"{common}\nstage1: {{temperature: 0.1}}\nstage2: {{temperature: 0.1}}\n")
+    assert plain == keys(f"# words\n{common}\nstage1: {{temperature: 0.1}}\nstage2: {{temperature: 0.1}}\n")
+    other = keys(f"{common}\nstage1: {{temperature: 0.1}}\nstage2: {{temperature: 0.2}}\n")
+    assert other[:2] == plain[:2] and other[2] != plain[2]
+    assert keys(f"{common}\nlora_r: 4\nstage1: {{temperature: 0.1}}\nstage2: {{}}\n")[1] != plain[1]
+
+
+def test_a_recipe_that_changes_while_its_grid_runs_ends_its_runs(write_grid, tmp_path):
+    grid = Grid.read(write_grid(steps=["stage1"], options={}, axes={"one": {"a": {}}}, **PLAIN))
+    before = grid.runs()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "\nlora_r: 4\n")
+    assert grid.runs() == before
+    results = Results({})
+    Runner(grid, tmp_path / "out", results).run()
+    assert results.failed["a"]["1"] == f"{recipe} has changed since the grid began: run it again"
+
+
+def test_a_training_that_other_code_goes_on_with_is_of_both(write_grid, tmp_path, monkeypatch):
+    grid = Grid.read(write_grid(steps=["stage1"], options={}, axes={"one": {"a": {}}}, **PLAIN))
+    key = grid.runs()[0].last.key
+    results = Results({}, code={key: "0123456789ab"})
+    one = Runner(grid, tmp_path / "out", results)
+    monkeypatch.setattr(one, "_make", lambda *given: None)
+    with ThreadPoolExecutor(1) as pool:
+        (one.folder_of(key) / "checkpoint-2").mkdir(parents=True)
+        one._submit(pool, key, one._make)
+        assert results.code[key] == ", ".join(sorted(("0123456789ab", code_digest())))
+        shutil.rmtree(one.folder_of(key))
+        one._submit(pool, key, one._make)
+        assert results.code[key] == code_digest()
+
+
+def test_runs_that_begin_alike_share_their_steps(write_grid, capsys):
     axes = {
         "pooling": {"mean": {"init": {"pooling_type": "mean"}}, "eos": {"init": {"pooling_type": "eos"}}},
         "temperature": {"low": {"stage2": {"temperature": 0.01}}, "high": {"stage2": {"temperature": 0.05}}},
@@ -166,6 +219,14 @@ def test_runs_that_begin_alike_share_their_steps(write_grid):
     assert rows == {"init": (4, None), "stage1": (4, None), "stage2": (8, None), "measure": (8, None)}
     taken = Results({}, seconds={runs[0].last.key: 60, f"{runs[0].last.key}:scores": 90})
     assert {name: minutes for name, _, minutes in estimate(grid, taken)}["stage2"] == 1
+    taken.seconds[f"{runs[1].last.key}:failed"] = 3600
+    again = {name: (count, minutes) for name, count, minutes in estimate(grid, taken)}
+    assert again["stage2"] == (7, 1), "what failed is still to be made, and tells no time"
+    print_plan(grid, Runner(grid, Path("out"), taken))
+    plan = capsys.readouterr().out
+    assert "# eos, high, seed 2\npython train/init_checkpoint.py" in plan
+    assert "| stage2 | 7 | 1.0 | 0.1 |" in plan and "| stage1 | 4 | ? | ? |" in plan
+    assert "Still to run: at least 0.3 hours, 1 at a time" in plan
     lines = Runner(grid, Path("out"), taken).commands()["mean, low, seed 1"]
     assert "--temperature 0.01" in lines[2] and lines[3].startswith("python eval/run_mteb.py --model out/runs/stage2-")
 
@@ -229,6 +290,15 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"like": "smollm2"}, "like: smollm2 is neither a file nor"),
         ({"like": None}, "like is empty; give it a value"),
         ({"tasks": []}, "tasks is empty; give it a value"),
+        ({"paper": None}, "paper is empty; give it a value"),
+        ({"caption": None}, "caption is empty; give it a value"),
+        ({"claims": None}, "claims is empty; give it a value"),
+        ({"claims": 3}, "a claim is 3; it must be a mapping"),
+        ({"paper": {"mean": "72"}}, "paper: mean is '72'; it must be a number"),
+        ({"minutes": {"stage1": "3 m"}}, "minutes: stage1 is '3 m'; it must be a number"),
+        ({"minutes": {"stage3": 3}}, "minutes are given of 'stage3'; they can be of init, "),
+        ({"options": {"stage2": {"temperature": 0.1}}}, "options are set of stage2, which no run has"),
+        ({"tasks": ["grid.yaml"]}, "grid.yaml must have a list `tasks:`, each with a path"),
         ({"dtype": None}, "dtype is empty; give it a value"),
         ({"recipe": "none.yaml"}, "none.yaml, which is neither a file beside it nor a recipe"),
         (
@@ -258,6 +328,8 @@ def test_a_grid_inherits_the_settings_of_another(write_grid, tmp_path):
     grid, other = Grid.read(str(tmp_path / "here" / "masks.yaml")), Grid.read(str(tmp_path / "grid.yaml"))
     assert grid.axes == axes and (grid.title, grid.seeds, grid.claims, grid.paper) == ("Masks", [7], [], {})
     assert grid.options == {"init": {"base": "b", "num_latents": 9}, "stage1": {"max_steps": 4}}
+    (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own | {"steps": ["init"], "minutes": {"init": 1}}))
+    assert "stage1" not in Grid.read(str(tmp_path / "here" / "masks.yaml")).options, "none of its runs has it"
     for name in ("recipe", "tasks", "steps", "max_length", "minutes"):
         assert getattr(grid, name) == getattr(other, name), name
     (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own | {"like": "poolings"}))
@@ -360,7 +432,7 @@ def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, t
 @pytest.mark.parametrize("visible", ["", "4,5"])
 def test_jobs_get_a_share_of_the_cores_and_the_gpus_in_turn(monkeypatch, visible):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(runner, "cores", lambda: 12)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     given = [(one["CUDA_VISIBLE_DEVICES"], one["OMP_NUM_THREADS"]) for one in environments(3)]
     assert given == [(device, "4") for device in (["4", "5", "4"] if visible else ["0", "1", "0"])]

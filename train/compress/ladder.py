@@ -26,6 +26,7 @@ from nvembed.eval.commands import (
     errors_in_one_line,
     known_options,
     make_checkpoint,
+    recipe_settings,
     run,
     score,
 )
@@ -33,7 +34,7 @@ from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.models import digest_model, find_config
 from nvembed.eval.tasks.lookup import select_tasks
-from nvembed.train.recipe import STAGES, find_recipe
+from nvembed.train.recipe import find_recipe
 
 
 OPTIONS = ("output_dir", "steps", "tasks", "max_length", "rounds")  # of the recipe's section `ladder`
@@ -106,10 +107,8 @@ def check(ladder: Ladder) -> None:
         ValueError: a step has an option that its script does not know, there is no such checkpoint to start from, or no
             such tasks.
     """
-    content = yaml.safe_load(ladder.recipe.read_text(encoding="utf-8"))
-    common = content.keys() - {*STAGES}
     for step in ladder.steps:
-        if unknown := (common | content[step].keys()) - known_options(SCRIPTS[step]):
+        if unknown := recipe_settings(ladder.recipe, step).keys() - known_options(SCRIPTS[step]):
             raise ValueError(f"{ladder.recipe}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
     find_config(ladder.start, None)
     select_tasks(ladder.tasks)
@@ -117,10 +116,9 @@ def check(ladder: Ladder) -> None:
 
 def describe_step(recipe: Path, step: str, begins_with: str) -> dict:
     """What decides a step's result: its settings in a recipe and the common ones, and the checkpoint it begins with."""
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    settings = {name: value for name, value in content.items() if name not in STAGES} | content[step]
     begin = digest_model(Path(begins_with)) if Path(begins_with).is_dir() else begins_with
-    return {name: value for name, value in settings.items() if name != "output_dir"} | {"begins with": begin}
+    settings = recipe_settings(recipe, step).items()
+    return {name: value for name, value in settings if name != "output_dir"} | {"begins with": begin}
 
 
 def run_ladder(ladder: Ladder) -> list[dict]:

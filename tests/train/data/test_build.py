@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from nvembed import NVEmbedModel
 from nvembed.eval import shards
+from nvembed.eval.commands import cores
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.build_data import BuildArguments, read_recipe, run
 from nvembed.train.data.build_steps import checked
@@ -238,8 +239,8 @@ def test_killed_and_resumed_by_more_tasks_it_builds_the_same(recipe, checkpoint,
     """SIGKILL of the main process alone: its tasks end, too."""
     change(recipe, teacher={"model": str(checkpoint), "max_length": 64}, shard_rows=9, corpus_shard_rows=5)
     # As many threads as a task has where two share the cores: a model's scores differ in the last digit with them.
-    threads, share = torch.get_num_threads(), max(1, os.cpu_count() // 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: share)
+    threads, share = torch.get_num_threads(), max(1, cores() // 2)
+    monkeypatch.setattr(shards, "cores", lambda: share)
     expected = json.loads(json.dumps(build(recipe, tmp_path / "whole")))
     monkeypatch.undo()
     torch.set_num_threads(threads)
