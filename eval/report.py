@@ -17,15 +17,14 @@ from pathlib import Path
 from statistics import fmean
 
 from huggingface_hub import ModelCardData
+from matplotlib.figure import Figure
 
 from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.plots import COLORS, HATCHES
 from nvembed.eval.results import category_averages, eval_results
 
 
-# Okabe and Ito's colours, which people with any colour blindness tell apart; hatches serve in grey.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 SEEN = " *"  # beside scores of tasks whose training data the model has seen
-HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
 @dataclass
@@ -259,8 +258,6 @@ def draw(comparison: Comparison, path: Path) -> None:
     Raises:
         ValueError: no average, or more models than colours.
     """
-    import matplotlib.pyplot as plt
-
     models = {name: row for name, row in comparison.averages.items() if any_value(row)}
     if not models:
         raise ValueError("these runs have no category of tasks in common, so no average; report each alone")
@@ -268,9 +265,8 @@ def draw(comparison: Comparison, path: Path) -> None:
         raise ValueError(f"{len(models)} models do not fit into one chart of {len(COLORS)} colours; report fewer runs")
     columns = [c for c in [*comparison.categories, "average"] if any(row[c] is not None for row in models.values())]
     width = 0.8 / len(models)
-    figure, axes = plt.subplots(
-        figsize=(max(7.0, 0.28 * len(columns) * (len(models) + 1.5)), 4.8), layout="constrained"
-    )
+    figure = Figure(figsize=(max(7.0, 0.28 * len(columns) * (len(models) + 1.5)), 4.8), layout="constrained")
+    axes = figure.subplots()
     for i, (name, averages) in enumerate(models.items()):
         shown = [(x, averages[column]) for x, column in enumerate(columns) if averages[column] is not None]
         places = [x + (i - (len(models) - 1) / 2) * width for x, _ in shown]
@@ -288,7 +284,6 @@ def draw(comparison: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(3, len(models)), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _label(column: str, tasks: int) -> str:

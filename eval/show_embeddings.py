@@ -27,8 +27,7 @@ from nvembed.eval.commands import errors_in_one_line
 from nvembed.eval.data.labelled import LabelledArguments
 from nvembed.eval.files import write_json
 from nvembed.eval.models import load_model, scaled_to_1
-from nvembed.eval.report import COLORS
-from nvembed.eval.show_latents import short_names
+from nvembed.eval.plots import COLORS, names_of
 from nvembed.eval.spread import effective_rank, mean_cosine
 
 
@@ -48,11 +47,7 @@ class EmbeddingsArguments(LabelledArguments):
     max_length: int = field(default=128, metadata={"help": "Tokens of a text with its instruction."})
 
     def __post_init__(self):
-        self.names = self.names or short_names(self.models)
-        if len(self.names) != len(self.models):
-            raise ValueError(f"names is {self.names} for {len(self.models)} models; give one for each")
-        if len({*self.names}) < len(self.names):
-            raise ValueError(f"two maps have one name: {self.names}; give each another with --names")
+        self.names = names_of(self.models, self.names)
 
 
 @dataclass

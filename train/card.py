@@ -341,10 +341,10 @@ def spread_text(history: Sequence[dict]) -> str:
 
 
 def draw_curves(history: Sequence[dict], title: str, path: Path) -> None:
-    """Loss and, where the log has it, mean cosine of unrelated queries, over the steps."""
-    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    cosine = [(entry["step"], entry["mean_cosine"]) for entry in history if "mean_cosine" in entry]
-    curves = {"loss": loss} | ({"mean cosine of unrelated queries": cosine} if cosine else {})
+    """Loss and, where the log has them, how the embeddings crowd, over the steps."""
+    shown = {"loss": "loss", "mean_cosine": "mean cosine of unrelated queries", "effective_rank": "effective rank"}
+    points = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in shown}
+    curves = {label: points[key] for key, label in shown.items() if points[key]}
     figure = Figure(figsize=(6, 2.2 * len(curves) + 0.6), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(len(curves), 1, squeeze=False)[:, 0], curves.items()):
         axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.5)

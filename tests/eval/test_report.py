@@ -7,9 +7,8 @@ from importlib.resources import files
 import pytest
 from huggingface_hub import ModelCard
 
+from nvembed.eval.plots import COLORS, HATCHES
 from nvembed.eval.report import (
-    COLORS,
-    HATCHES,
     Run,
     average_rows,
     card_metadata,

@@ -13,8 +13,9 @@ import torch
 from scipy import stats
 from sklearn.metrics import silhouette_score
 
-from nvembed.eval import show_embeddings, show_latents
+from nvembed.eval import latents, show_embeddings, show_latents
 from nvembed.eval.data.labelled import LabelledArguments
+from nvembed.eval.plots import names_of
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.texts_nvembed import format_instruction, pack, tokenize
 from tests.triplets import write_jsonl
@@ -36,7 +37,7 @@ def test_attention_is_that_of_the_unfolded_block(model, sentences):
     torch.manual_seed(1)
     for parameter in model.latent_attention_model.parameters():
         parameter.data.normal_(std=0.5)
-    seen = show_latents.attention(model, sentences, "Find it", 64)
+    seen = latents.attention(model, sentences, "Find it", 64)
     attend = model.latent_attention_model.cross_attend_blocks[0]
     heads, width = model.config.latent_attention_config.num_cross_heads, attend.fn.head_dim
     keys = attend.fn.to_kv(attend.norm_context(model.latent_attention_model.latents)).chunk(2, dim=-1)[0]
@@ -50,7 +51,7 @@ def test_attention_is_that_of_the_unfolded_block(model, sentences):
         torch.testing.assert_close(of_text, expected.mean(0), atol=1e-5, rtol=1e-4)
         occurrences += len(expected)
     assert sum(count for count, _ in seen.tokens.values()) == occurrences
-    folded = show_latents.attention(model.fold_latent_attention(), sentences, "Find it", 64)
+    folded = latents.attention(model.fold_latent_attention(), sentences, "Find it", 64)
     torch.testing.assert_close(folded.of_texts, seen.of_texts, atol=1e-5, rtol=1e-4)
     total = sum(total for _, total in seen.tokens.values())
     torch.testing.assert_close(total.sum(-1), torch.full((heads,), float(occurrences)), atol=1e-2, rtol=0)
@@ -62,17 +63,17 @@ def test_separation_is_a_t_statistic_without_the_counts():
     of_texts[:12, 1, 3] += 2
     t = stats.ttest_ind(of_texts[:12].numpy(), of_texts[12:].numpy()).statistic
     expected = torch.from_numpy(t * np.sqrt(1 / 12 + 1 / 18)).float()
-    result = show_latents.separation(of_texts, labels, ("a", "b"))
+    result = latents.separation(of_texts, labels, ("a", "b"))
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    assert result.abs().max() > 3 * show_latents.by_chance(of_texts, labels, 0)
+    assert result.abs().max() > 3 * latents.by_chance(of_texts, labels, 0)
     even = torch.full((4, 1, 8), 1 / 8)
-    torch.testing.assert_close(show_latents.used_latents(even), torch.tensor([8.0]))
+    torch.testing.assert_close(latents.used_latents(even), torch.tensor([8.0]))
 
 
 def test_maps_of_latents_are_sorted_by_head():
     torch.manual_seed(0)
     of_texts, labels = torch.rand(12, 2, 5), ["a"] * 4 + ["b"] * 4 + ["c"] * 4
-    attention, apart = show_latents.maps(of_texts, labels, ["a", "c"], ("b", "c"))
+    attention, apart = latents.maps(of_texts, labels, ["a", "c"], ("b", "c"))
     for head in range(2):
         order = sorted(range(5), key=lambda latent: -of_texts[:, head, latent].mean().item())
         for place, latent in enumerate(order):
@@ -84,16 +85,17 @@ def test_maps_of_latents_are_sorted_by_head():
 
 def test_latents_are_shown(tmp_path, checkpoint, data):
     options = {"data": str(data), "output_dir": str(tmp_path / "out"), "beside": str(checkpoint), "top": 3}
+    options["names"] = ["trained", "before"]
     show_latents.main(show_latents.LatentsArguments(model=str(checkpoint), **options))
     found = json.loads((tmp_path / "out" / "latents.json").read_text())
     assert found["texts"] == 16 and [len(one["pairs"][0]["latents"]) for one in found["models"]] == [3, 3]
     page = (tmp_path / "out" / "LATENTS.md").read_text()
-    assert page.count("| head | latent | always | never | separation |") == 2
+    assert page.count("| head | latent | always | never | separation |") == 2 and "## before: always / never" in page
     assert (tmp_path / "out" / "latents.png").stat().st_size > 10000
     with pytest.raises(ValueError, match="pooling_type is 'mean'"):
         model = NVEmbedModel.from_pretrained(checkpoint)
         model.config.pooling_type = "mean"
-        show_latents.attention(model, ["a"], "", 64)
+        latents.attention(model, ["a"], "", 64)
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -143,9 +145,12 @@ def test_embeddings_are_shown_in_one_page_that_needs_nothing_else(tmp_path, chec
 
 
 def test_names_tell_models_apart():
-    assert show_latents.short_names(["runs/a/stage2", "runs/base"]) == ["stage2", "base"]
-    assert show_latents.short_names(["runs/a/stage2", "runs/b/stage2"]) == ["a/stage2", "b/stage2"]
-    with pytest.raises(ValueError, match="two maps have one name"):
+    assert names_of(["runs/a/stage2", "runs/base"], None) == ["stage2", "base"]
+    assert names_of(["runs/a/stage2", "runs/b/stage2"], None) == ["a/stage2", "b/stage2"]
+    assert names_of(["m", "m"], ["before", "after"]) == ["before", "after"]
+    with pytest.raises(ValueError, match=r"names is \['x'\] for 2 models; give one for each"):
+        names_of(["a", "b"], ["x"])
+    with pytest.raises(ValueError, match="two models have one name"):
         show_embeddings.EmbeddingsArguments(data="x", models=["m", "m"], output_dir="y")
 
 

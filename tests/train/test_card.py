@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from nvembed.train.card import (
     TrainingRun,
@@ -72,6 +73,8 @@ def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
     assert (
         "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of a batch's embeddings 90, then 90." in text
     )
+    heights = [Image.open(tmp_path / name / "loss_stage1.png").height for name in ("one", "three")]
+    assert heights == [round(120 * (2.2 * curves + 0.6)) for curves in (1, 3)], "how they crowd is drawn, too"
     write_card(tmp_path / "none", make_run("stage1", "org/decoder", history=[]), "none")
     assert "![" not in (tmp_path / "none" / "README.md").read_text(), "no loss was logged, no curve"
 
