@@ -1,4 +1,4 @@
-"""Reruns the paper's comparisons, or one's own, on a base and a budget of one's own.
+"""Reruns the paper's comparisons, or yours, on your base and within your budget.
 
     python eval/ablate.py poolings --output_dir runs/poolings --dry_run
     python eval/ablate.py poolings --output_dir runs/poolings
@@ -6,8 +6,8 @@
 
 A grid is a YAML file: a recipe, axes of overrides, seeds, tasks (see `eval/ablations/`). Each run is the commands that
 one would type: train/init_checkpoint.py, the stages, eval/run_mteb.py; runs that begin alike share their first steps.
-Every result is kept as it comes, and a grid that was stopped goes on where it was. A run that fails is named in the
-table, and the others go on.
+Every result is saved as soon as it is there; to resume a stopped grid, run the same command. A run that fails is named
+below the table, and the others go on.
 """
 
 import argparse
