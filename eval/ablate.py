@@ -80,12 +80,12 @@ def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) 
     text = section(grid, results, Path(), command)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
-    page, beside = args.page and Path(args.page), Path("ablations")
-    for one in [folder, *([page.parent / beside] if page else [])]:
+    beside = Path("ablations")  # the page
+    for one in [folder] if args.page is None else [folder, Path(args.page).parent / beside]:
         draw(grid, results, one / f"{name}.png")
         write_scores(grid, results, one / f"{name}.csv")
-    if page:
-        put_section(page, name, section(grid, results, beside, command))
+    if args.page is not None:
+        put_section(Path(args.page), name, section(grid, results, beside, command))
 
 
 def main() -> None:

@@ -39,8 +39,17 @@ def cores() -> int:
 
 
 def recipe_settings(recipe: Path, step: str) -> dict:
-    """What a recipe sets for a step: what is at its top, under what is under the step's own key."""
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    """What a recipe sets for a step: what is at its top, under what is under the step's own key.
+
+    Raises:
+        ValueError: it cannot be read as YAML, or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(step) or {}, dict):
+        raise ValueError(f"{recipe} must hold a mapping of settings, and so must its {step}, if it has one")
     return {name: value for name, value in content.items() if name not in STAGES} | (content.get(step) or {})
 
 

@@ -119,3 +119,10 @@ def maps(of_texts: Tensor, labels: list[str], shown: list[str], pair: tuple[str,
     order = of_texts.mean(0).argsort(-1, descending=True)
     means = [of_class(of_texts, labels, label).mean(0).gather(-1, order) for label in shown]
     return torch.stack(means), separation(of_texts, labels, pair).sort(-1, descending=True).values
+
+
+def ends(sorted_scores: Tensor, count: int) -> Tensor:
+    """The highest and the lowest `count` / 2 of each row; all where there are no more than `count`."""
+    if sorted_scores.shape[-1] <= count:
+        return sorted_scores
+    return torch.cat([sorted_scores[..., : count // 2], sorted_scores[..., -(count // 2) :]], dim=-1)

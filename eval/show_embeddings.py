@@ -3,9 +3,10 @@
     python eval/show_embeddings.py --models runs/base runs/stage2 --data data/banking77 --output_dir runs/maps
 
 Each model's map is a projection of its own (PCA, or t-SNE by scikit-learn on cosine distance), turned to lie on the
-first's as well as it can and scaled to the same size. In the page, the text under the pointer is marked in every map, a class can be singled
-out, and colours follow the reader's light or dark scheme; shapes tell classes apart without colour. Distances in a map
-are hints: beside it stand figures of the embeddings themselves, the silhouette of the classes and the mean cosine.
+first's as well as it can and scaled to the same size. In the page, the text under the pointer is marked in every map,
+a class can be singled out, and colours follow the reader's light or dark scheme; shapes tell classes apart without
+colour. Distances in a map are hints: beside it stand figures of the embeddings themselves, the silhouette of the
+classes and the mean cosine.
 """
 
 import html

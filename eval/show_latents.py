@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from transformers import HfArgumentParser
@@ -26,6 +25,7 @@ from nvembed.eval.latents import (
     Attention,
     attention,
     by_chance,
+    ends,
     maps,
     of_class,
     separation,
@@ -95,9 +95,10 @@ def draw(seen: dict[str, Attention], labels: list[str], pair: tuple[str, str], p
     others = [label for label in sorted({*labels}) if label not in pair]
     shown = sorted([*pair, *others[:2]])
     drawn = {name: maps(one.of_texts, labels, shown, pair) for name, one in seen.items()}
-    shares = torch.stack([of_classes[..., :DRAWN] for of_classes, _ in drawn.values()])
-    lowest = shares.min().clamp(min=1e-6).item()  # a share can be 0, which has no logarithm
-    scale = LogNorm(lowest, max(shares.max().item(), 2 * lowest))  # one latent may get ten times the others' share
+    shares = [of_classes[..., :DRAWN] for of_classes, _ in drawn.values()]
+    lowest = max(1e-6, min(share.min().item() for share in shares))  # a share can be 0, which has no logarithm
+    highest = max(share.max().item() for share in shares)  # one latent may get ten times the others' share
+    scale = LogNorm(lowest, max(highest, 2 * lowest))
     bound = max(apart.abs().max().item() for _, apart in drawn.values()) or 1e-9
     look = {"aspect": "auto", "interpolation": "nearest"}
     figure = Figure(figsize=(3.1 * (len(shown) + 1), 2.2 * len(seen) + 0.4), layout="constrained")
@@ -108,8 +109,7 @@ def draw(seen: dict[str, Attention], labels: list[str], pair: tuple[str, str], p
             attended = axes.imshow(share.clamp(min=lowest), cmap="cividis", norm=scale, **look)
             axes.set_title(f"{name}: {label}", fontsize=9)
             axes.set_xlabel(f"{min(DRAWN, count)} of {count} latents, most attended first", fontsize=8)
-        ends = apart if count <= DRAWN else torch.cat([apart[:, : DRAWN // 2], apart[:, -DRAWN // 2 :]], dim=1)
-        separated = row[-1].imshow(ends, cmap="PuOr", vmin=-bound, vmax=bound, **look)
+        separated = row[-1].imshow(ends(apart, DRAWN), cmap="PuOr", vmin=-bound, vmax=bound, **look)
         row[-1].set_title(f"{name}: separation", fontsize=9)
         row[-1].set_xlabel("latents by separation" + ("" if count <= DRAWN else ": highest, lowest"), fontsize=8)
         if count > DRAWN:
@@ -140,6 +140,7 @@ def page(found: list[dict], args: LatentsArguments) -> str:
     lines = [
         "# Attention over the latents",
         "",
+        f"{'; '.join(f'{name}: {path}' for name, path in zip(args.names, args.models))}. "
         f"Texts of {args.data}, up to {args.samples} a class. Separation is the difference of two classes' mean "
         "attention in standard deviations: the largest of all heads and latents, beside the largest of any two "
         f"classes under shuffled labels (mean of {SHUFFLES} shuffles).",
@@ -163,7 +164,7 @@ def main(args: LatentsArguments) -> None:
     for name, path in zip(args.names, args.models):
         model = NVEmbedModel.from_pretrained(path).eval()
         seen[name] = attention(model, list(texts), args.instruction, args.max_length)
-        found.append(describe(model, name, seen[name], list(labels), args))
+        found.append({"checkpoint": path} | describe(model, name, seen[name], list(labels), args))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "latents.json", {"data": args.data, "texts": len(texts), "models": found})
     best = found[0]["pairs"][0]["classes"]

@@ -87,6 +87,7 @@ class Grid:
     claims: list[Claim] = field(default_factory=list)
     merge_seeds: bool = False
     zero_shot: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    inherited: set[str] = field(default_factory=set, repr=False)  # steps with options of the grid that `like` names
     digests: dict[tuple[Path, str], str] = field(default_factory=dict, repr=False)  # of settings, as they were read
 
     @classmethod
@@ -140,7 +141,7 @@ class Grid:
         for cell in self.cells():
             self._check_cell(cell)
         run = {step for cell in self.cells() for step in self._steps(cell)}
-        if idle := self.options.keys() - run:
+        if idle := self.options.keys() - run - self.inherited:
             raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
         if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
             known = ", ".join((*STEPS, MEASURE, MERGED))

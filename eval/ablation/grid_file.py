@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def mapping(value: object, name: str) -> dict:
 def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
     """The keys of a grid's file, with those that it inherits (`like`), and paths that hold everywhere.
 
+    Beside them `inherited`: the steps whose options are another grid's alone, so that this one need not run them.
+
     Args:
         likened: the files that inherit from this one.
 
@@ -63,32 +66,27 @@ def read_content(file: Path, likened: tuple[Path, ...] = ()) -> dict:
             str(find_file(file, task)) if str(task).endswith((".yaml", ".yml")) else str(task)
             for task in as_list(content["tasks"])
         ]
-    content["options"] = mapping(content.get("options", {}), f"{file}: options")
+    content["options"], content["inherited"] = mapping(content.get("options", {}), f"{file}: options"), set()
     for step, options in content["options"].items():
         mapping(options, f"{file}: options: {step}")
     if "like" in content:
         base = read_content(find_like(file, content.pop("like")), (*likened, file.resolve()))
         content = {key: base[key] for key in SETTINGS if key in base} | content
-        inherited = base["options"]
-        if not likened:  # the other grid may have options of steps that this one does not run
-            inherited = {step: options for step, options in inherited.items() if step in steps_of(content)}
-        own = {step: inherited.get(step, {}) | options for step, options in content["options"].items()}
-        content["options"] = inherited | own
+        own = {step: base["options"].get(step, {}) | options for step, options in content["options"].items()}
+        content["inherited"] = base["options"].keys() - own.keys()
+        content["options"] = base["options"] | own
     return content
 
 
-def steps_of(content: dict) -> set[str]:
-    """The steps that any run of a grid has; of an axis's values, those that can be read."""
-    axes = content["axes"].values() if isinstance(content.get("axes"), dict) else ()
-    changes = [change for values in axes if isinstance(values, dict) for change in values.values()]
-    lists = [content.get("steps", DEFAULT_STEPS)]
-    lists += [change.get("steps") for change in changes if isinstance(change, dict)]
-    return {step for steps in lists if isinstance(steps, list) for step in steps}
-
-
 def settings_digest(recipe: Path, step: str) -> str:
-    """Of what a recipe sets for a step; comments and other steps' settings do not change it."""
-    return hashlib.sha256(json.dumps(recipe_settings(recipe, step), default=str).encode()).hexdigest()
+    """Of what a recipe sets for a step; comments and other steps' settings do not change it.
+
+    Raises:
+        ValueError: the recipe cannot be read.
+    """
+    folder = os.path.relpath(recipe.parent, ROOT)  # where the paths of its data start
+    settings = json.dumps([recipe_settings(recipe, step), folder], default=str)
+    return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def find_grid(path: str) -> Path:

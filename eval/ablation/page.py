@@ -20,7 +20,8 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     """Markdown; `folder` has the chart and the scores, as the page sees it; `command` is what makes the section."""
     is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
-    name, digests = grid.file.stem, sorted(digests_in(code for key, code in results.code.items() if key in own))
+    name = grid.file.stem
+    digests = sorted(digests_in(code for key, code in results.code.items() if key in own))
     digests = [f"{code} (commit {results.commits[code]})" if code in results.commits else code for code in digests]
     grid, table = folded(grid, results.by_cell(grid))
     lines = [f"## {grid.title}", "", grid.caption.strip(), "" if grid.caption else None]
@@ -112,17 +113,23 @@ def draw(grid: Grid, results: Results, path: Path) -> None:
 
 
 def write_scores(grid: Grid, results: Results, path: Path) -> None:
-    """The scores in percent of every run, and of every mean of seeds, one a line, with the code that measured them."""
-    keys = [(run.cell, str(run.seed), run.key) for run in grid.runs()]
-    merged = merged_keys(grid)
+    """The scores in percent of every run, and of every mean of seeds, one a line, with the code that measured them.
+
+    The average is of all tasks: a run that is measured on some alone has none.
+    """
+    runs, merged = grid.runs(), merged_keys(grid)
+    keys = [(run.cell, str(run.seed), run.key) for run in runs]
     keys += [(cell, MERGED, merged[cell_name(cell)]) for cell in grid.cells() if merged]
     keys = [(cell, seed, key) for cell, seed, key in keys if key in results.scores]
     tasks = list(dict.fromkeys(task for _, _, key in keys for task in results.scores[key]))
+    on_some = {run.key for run in runs if run.tasks}
     with whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow([*grid.axes, "seed", *tasks, "run", "code"])
         for cell, seed, key in keys:
-            found = results.scores[key]
+            found = dict(results.scores[key])
+            if key in on_some:
+                found.pop("average", None)
             scores = [f"{found[task]:.4f}" if task in found else "" for task in tasks]
             rows.writerow([*dict(cell).values(), seed, *scores, key, results.code.get(key + MEASURING, "")])
 

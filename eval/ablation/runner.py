@@ -129,13 +129,14 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
     if not file.is_file():
         return Results(now)
     results = Results(**json.loads(file.read_text(encoding="utf-8")))
-    for name, was in results.made_of.items():
+    for name in now:
+        was = results.made_of.get(name)  # None: an earlier version did not say
         if name == "files":  # other axes may name other files; the same ones must have the same contents
             changed = [path for path, digest in was.items() if now["files"].get(path, digest) != digest]
             if changed:
                 raise ValueError(f"{folder} has results of another {changed[0]}: name another output_dir")
-        elif was != now.get(name):
-            raise ValueError(f"{folder} has results of {name} {was!r}, not {now.get(name)!r}: name another output_dir")
+        elif was != now[name]:
+            raise ValueError(f"{folder} has results of {name} {was!r}, not {now[name]!r}: name another output_dir")
     results.made_of["files"] |= now["files"]
     others = digests_in(results.code.values()) - {code_digest()}
     if others and not mix_revisions:
@@ -299,8 +300,8 @@ class Runner:
         for name, key in merged_keys(self.grid).items():
             if key in self.results.scores or len(self.results.by_cell(self.grid)[name]) < len(self.grid.seeds):
                 continue
-            making = self._submit(pool, key, self._checkpoint, key, "train/merge.py", self.merging(name))
-            found, error = self._take(making, key)
+            future = self._submit(pool, key, self._checkpoint, key, "train/merge.py", self.merging(name))
+            found, error = self._take(future, key)
             if error is None:
                 found, error = self._take(self._submit(pool, key + MEASURING, self._measure, key, ()), key + MEASURING)
             if error is None:

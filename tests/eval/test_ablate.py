@@ -18,13 +18,14 @@ import torch
 import yaml
 
 from nvembed.eval.ablate import print_plan
-from nvembed.eval.ablation import runner
+from nvembed.eval.ablation import provenance, runner
 from nvembed.eval.ablation.claims import judge, matched, p_value
 from nvembed.eval.ablation.grid import MERGED, OWN, Claim, Grid, check_options
 from nvembed.eval.ablation.grid_file import PARTS, find_grid
-from nvembed.eval.ablation.page import put_section, section
+from nvembed.eval.ablation.page import put_section, section, write_scores
 from nvembed.eval.ablation.provenance import code_digest
 from nvembed.eval.ablation.runner import (
+    FAILED,
     MEASURING,
     Results,
     Runner,
@@ -35,6 +36,7 @@ from nvembed.eval.ablation.runner import (
     keys_of,
     open_results,
 )
+from nvembed.eval.ablation.runs import cell_name
 from nvembed.eval.ablation.zero_shot import folded
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.data.mining import MiningRules
@@ -85,7 +87,9 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     table = results.by_cell(grid)
     assert table["low"].keys() == {"1", "2", MERGED} and table["none"] == {}
     of_what_is_there = {key + MEASURING for key in results.scores}
-    assert of_what_is_there < results.seconds.keys() < keys_of(grid), "those of what failed are missing"
+    assert of_what_is_there < results.seconds.keys() < keys_of(grid)
+    failed = {key.removesuffix(FAILED) for key in results.seconds if key.endswith(FAILED)}
+    assert len(failed) == 2 and not failed & results.seconds.keys(), "both seeds' trainings, which are not done"
     assert -100 <= table["low"][MERGED]["scored"] == table["low"][MERGED]["average"] <= 100
     assert "ValueError: temperature is -1.0; it must be > 0" in results.failed["none"]["1"]
     page = (tmp_path / "PAGE.md").read_text()
@@ -142,17 +146,18 @@ def test_scores_of_other_settings_are_not_taken(write_grid, tmp_path, change):
         assert found == {"mean": {}, "eos": {}}
 
 
-@pytest.mark.parametrize("where", ["option", "recipe"])
+@pytest.mark.parametrize("where", ["option", "recipe", "teacher"])
 @pytest.mark.parametrize("file", ["scored/test.jsonl", "pairs.jsonl", "tasks.yaml", "base"])
 def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir, file, where):
-    """Whether an option names the base, or the recipe."""
+    """Whether an option names the model, or the recipe."""
     shutil.copytree(decoder_dir, tmp_path / "base")
     grid = Grid.read(write_grid(options={"init": {"base": str(tmp_path / "base")}}))
-    if where == "recipe":
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(recipe.read_text() + f"\nmodel_name_or_path: {tmp_path / 'base'}\n")
-        axes = {"temperature": {"low": {}, "high": {"stage1": {"temperature": 0.05}}}}
-        grid = Grid.read(write_grid(options={}, steps=["stage1"], axes=axes, **PLAIN))
+    if where != "option":
+        recipe, step = tmp_path / "recipe.yaml", "stage1" if where == "recipe" else "distill"
+        key = "model_name_or_path" if where == "recipe" else "teacher"
+        recipe.write_text(recipe.read_text() + f"\n{step}: {{{key}: {tmp_path / 'base'}}}\n")
+        axes = {"temperature": {"low": {}, "high": {step: {"temperature": 0.05}}}}
+        grid = Grid.read(write_grid(options={}, steps=[step], axes=axes, **PLAIN))
     open_results(grid, tmp_path, False).save(tmp_path)
     open_results(grid, tmp_path, False)
     path = tmp_path / file if file != "base" else tmp_path / "base" / "config.json"
@@ -187,6 +192,9 @@ def test_a_recipe_that_changes_while_its_grid_runs_ends_its_runs(write_grid, tmp
     results = Results({})
     Runner(grid, tmp_path / "out", results).run()
     assert results.failed["a"]["1"] == f"{recipe} has changed since the grid began: run it again"
+    recipe.write_text("datasets: [")
+    Runner(grid, tmp_path / "out", results).run()
+    assert "recipe.yaml cannot be read as YAML" in results.failed["a"]["1"]
 
 
 def test_a_training_that_other_code_goes_on_with_is_of_both(write_grid, tmp_path, monkeypatch):
@@ -329,7 +337,8 @@ def test_a_grid_inherits_the_settings_of_another(write_grid, tmp_path):
     assert grid.axes == axes and (grid.title, grid.seeds, grid.claims, grid.paper) == ("Masks", [7], [], {})
     assert grid.options == {"init": {"base": "b", "num_latents": 9}, "stage1": {"max_steps": 4}}
     (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own | {"steps": ["init"], "minutes": {"init": 1}}))
-    assert "stage1" not in Grid.read(str(tmp_path / "here" / "masks.yaml")).options, "none of its runs has it"
+    short = Grid.read(str(tmp_path / "here" / "masks.yaml"))
+    assert [step.name for step in short.runs()[0].last.chain] == ["init"], "the other's options of stage1 do no harm"
     for name in ("recipe", "tasks", "steps", "max_length", "minutes"):
         assert getattr(grid, name) == getattr(other, name), name
     (tmp_path / "here" / "masks.yaml").write_text(yaml.safe_dump(own | {"like": "poolings"}))
@@ -348,7 +357,7 @@ def test_an_option_that_no_script_has_is_refused_before_anything_runs(write_grid
         check_options(Grid.read(write_grid(options=options)))
 
 
-def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
+def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path, monkeypatch):
     grid = Grid.read(write_grid())
     results = open_results(grid, tmp_path, False)
     last = grid.runs()[0].last.key
@@ -356,6 +365,12 @@ def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path):
     results.commits = {"0123456789ab": "bf647fc"}
     results.seconds = {last: 360.0, f"{last}:scores": 36.0, "of another grid": 3600.0}
     results.save(tmp_path)
+    monkeypatch.setattr(provenance, "version", lambda name: "0.1")
+    with pytest.raises(
+        ValueError, match=r"has results of libraries .*, not \{'torch': '0.1', .*: name another output_dir"
+    ):
+        open_results(grid, tmp_path, True)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"results of other code \(0123456789ab, ba9876543210; .*--mix_revisions"):
         open_results(grid, tmp_path, False)
     assert open_results(grid, tmp_path, True).scores == results.scores
@@ -424,6 +439,13 @@ def test_zero_shot_scores_are_of_the_run_without_the_tasks_own_set(write_grid, t
         f"new, {OWN}": {seed: {"scored": score, "average": score} for seed, score in (("1", 62.0), ("2", 66.0))},
     }
     assert judge(view, scores, view.claims[0]).differences == [2.0, 5.0]
+    results = Results({}, {run.key: table[cell_name(run.cell)].get(str(run.seed)) for run in grid.runs()})
+    results.scores = {key: score | {"average": 5.0} for key, score in results.scores.items() if score}
+    write_scores(grid, results, tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open() as file:
+        rows = {(row["recipe"], row["left out"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 7 and rows["old", "nothing", "1"]["average"] == "5.0000"
+    assert rows["new", "a", "2"]["scored"] == "66.0000" and rows["new", "a", "2"]["average"] == "", "of one task alone"
     commands = Runner(grid, tmp_path / "out", Results({})).commands()
     assert "--task_names scored" in commands["old, a, seed 1"][-1]
     assert "--task_names" not in commands["old, nothing, seed 1"][-1]

@@ -6,6 +6,9 @@ from importlib.resources import files
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from nvembed.eval.plots import COLORS, HATCHES
 from nvembed.eval.report import (
@@ -13,6 +16,7 @@ from nvembed.eval.report import (
     average_rows,
     card_metadata,
     compare,
+    draw,
     main,
     read_run,
     task_rows,
@@ -131,23 +135,15 @@ def test_metadata_is_read_by_the_hubs_own_parser(run_folder):
     assert card.data.model_name == "me/model"
 
 
-def test_chart(released, tmp_path):
+def test_chart(released, tmp_path, monkeypatch):
     """Nothing outside the picture, no label on another, a colour and a hatch of its own for each model."""
-    import matplotlib.pyplot as plt
-    from matplotlib.image import imread
-
-    from nvembed.eval.report import draw
-
     first = read_run(str(released))
     second = Run("a-model/with-a-rather-long-name-of-its-own", {t: s - 5 for t, s in first.tasks.items()}, first.types)
-    kept = {}
-    close, plt.close = plt.close, lambda figure: kept.update(figure=figure)
-    try:
-        draw(compare([first, second]), tmp_path / "chart.png")
-    finally:
-        plt.close = close
-    figure = kept["figure"]
-    figure.canvas.draw()
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: (kept.append(figure), save(figure, path, **how)))
+    draw(compare([first, second]), tmp_path / "chart.png")
+    (figure,) = kept
+    FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     edge = figure.bbox
     texts = [*axes.get_xticklabels(), *axes.texts, *figure.legends[0].get_texts(), axes.yaxis.label]
@@ -159,7 +155,6 @@ def test_chart(released, tmp_path):
     assert len(styles) == 5
     assert len(set(COLORS)) == len(set(HATCHES)) == len(COLORS)
     assert imread(tmp_path / "chart.png")[:, 0].min() == 1.0, "a white margin: nothing runs over it"
-    close(figure)
 
 
 def test_bad_input(released, run_folder, tmp_path, monkeypatch):

@@ -83,11 +83,30 @@ def test_maps_of_latents_are_sorted_by_head():
         np.testing.assert_allclose(apart[head], sorted(t, reverse=True), rtol=1e-4, atol=1e-4)
 
 
+def test_of_many_latents_both_ends_are_drawn():
+    scores = torch.arange(60.0, 0, -1).view(2, 30)
+    expected = torch.cat([scores[:, :12], scores[:, 18:]], dim=1)
+    torch.testing.assert_close(latents.ends(scores, 24), expected)
+    assert latents.ends(scores, 30) is scores
+
+
+def test_models_with_other_heads_and_many_latents_are_drawn_beside_each_other(tmp_path):
+    """A share of 0, which has no logarithm, among them."""
+    torch.manual_seed(0)
+    labels = ["a"] * 5 + ["b"] * 5
+    shares = [torch.rand(10, heads, count).softmax(-1) for heads, count in ((2, 40), (1, 3))]
+    shares[1][:, 0, 0] = 0
+    seen = {name: latents.Attention(share, {}) for name, share in zip(("many", "few"), shares)}
+    show_latents.draw(seen, labels, ("a", "b"), tmp_path / "latents.png")
+    assert (tmp_path / "latents.png").stat().st_size > 10000
+
+
 def test_latents_are_shown(tmp_path, checkpoint, data):
     options = {"data": str(data), "output_dir": str(tmp_path / "out"), "beside": str(checkpoint), "top": 3}
     options["names"] = ["trained", "before"]
     show_latents.main(show_latents.LatentsArguments(model=str(checkpoint), **options))
     found = json.loads((tmp_path / "out" / "latents.json").read_text())
+    assert [one["checkpoint"] for one in found["models"]] == [str(checkpoint)] * 2
     assert found["texts"] == 16 and [len(one["pairs"][0]["latents"]) for one in found["models"]] == [3, 3]
     page = (tmp_path / "out" / "LATENTS.md").read_text()
     assert page.count("| head | latent | always | never | separation |") == 2 and "## before: always / never" in page
