@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from nvembed.eval.ablation.grid_file import (
-    DEFAULT_STEPS,
     as_list,
     find_file,
     find_grid,
@@ -114,7 +113,7 @@ class Grid:
         paper = mapping(content.get("paper", {}), f"{file}: paper")
         content["paper"] = {str(cell): score for cell, score in paper.items()}
         content["minutes"] = mapping(content.get("minutes", {}), f"{file}: minutes")
-        content.setdefault("steps", DEFAULT_STEPS)
+        content.setdefault("steps", ["init", "stage1", "stage2"])
         content.setdefault("seeds", [42, 43, 44])
         grid = cls(file, **content)
         grid.check()
@@ -132,8 +131,8 @@ class Grid:
         if self.start is not None and "init" in self.steps:
             raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
         for (one, first), (other, second) in combinations(self.axes.items(), 2):
-            both = {one for change in first.values() for one in set_by(change)}
-            if shared := both & {one for change in second.values() for one in set_by(change)}:
+            both = {name for change in first.values() for name in set_by(change)}
+            if shared := both & {name for change in second.values() for name in set_by(change)}:
                 raise ValueError(f"{self.file}: axes {one} and {other} both set {min(shared)}; let one of them set it")
         names = [cell_name(cell) for cell in self.cells()]
         if twice := [name for name in names if names.count(name) > 1]:

@@ -17,7 +17,6 @@ KEYS = {
 }  # fmt: skip
 PARTS = ("-tasks", "-recipe", "-common")  # names of files beside the grids that are parts of them
 SETTINGS = ("recipe", "start", "steps", "options", "seeds", "tasks", "max_length", "dtype", "minutes")  # for `like`
-DEFAULT_STEPS = ["init", "stage1", "stage2"]
 
 
 def listed(names: Iterable[str]) -> str:
