@@ -60,10 +60,7 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"zero_shot": {"sets": {"a": "scored", "b": "x"}}, "axes": LEFT_OUT}, "'b'; sets has a, all"),
         ({"zero_shot": {"sets": {"a": ["scored", "scored"]}}, "axes": LEFT_OUT}, "names 'scored' twice"),
         ({"zero_shot": {"sets": {"a": "average"}}, "axes": LEFT_OUT}, "zero_shot names 'average'; the tasks"),
-        (
-            {"zero_shot": {"sets": {"a": "scored"}}, "axes": LEFT_OUT, "merge_seeds": True},
-            "merge_seeds cannot",
-        ),
+        ({"zero_shot": {"sets": {"a": "scored"}}, "axes": LEFT_OUT, "merge_seeds": True}, "merge_seeds cannot"),
         (
             {"claims": [CLAIM | {"better": {"pooling": "max"}}]},
             "names pooling: max, which is no value .* these are eos",
