@@ -25,7 +25,7 @@ NOT_RUN = {
     "vllm serve": "vLLM's own environment; `make test-vllm`",
     ".venv/bin/python train/export.py": "a model with mean pooling; tests/train/test_export.py",
     ".venv/bin/python train/init_checkpoint.py --base mistralai": "14 GB; test_init_checkpoint.py",
-    ".venv/bin/accelerate launch --num_processes 8 train/": "8 GPUs; tests/train/test_trainer.py: two CPU processes",
+    ".venv/bin/accelerate launch --num_processes 8 train/": "8 GPUs; tests/train/test_processes.py: two CPU processes",
     ".venv/bin/accelerate launch --num_processes 8 eval/": "8 GPUs; tests/eval/test_run_mteb.py: two CPU processes",
     '.venv/bin/python eval/run_mteb.py --model runs/mine --tasks "MTEB': "data from the Hub, hours",
     ".venv/bin/python eval/run_mteb.py --model nvidia": "16 GB and data from the Hub",

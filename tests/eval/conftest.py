@@ -1,4 +1,4 @@
-"""Small data sets of every type of task in one folder, vectors for their texts, and a small grid of trainings."""
+"""Small data sets of every type of task in one folder, vectors for their texts, an evaluation, a grid of trainings."""
 
 import random
 import zlib
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from nvembed.eval.run_mteb import MtebArguments
 from tests.triplets import write_jsonl, write_similarity_task
 
 
@@ -63,6 +64,17 @@ def data(tmp_path):
     entries = [f"  - {{type: {kind}, path: {name}, instruction: Do {name}}}" for name, kind in kinds.items()]
     (root / "tasks.yaml").write_text("tasks:\n" + "\n".join(entries) + "\n")
     return root
+
+
+@pytest.fixture
+def arguments(checkpoint, data, tmp_path):
+    """Makes the arguments of an evaluation of the tiny checkpoint on `data`, or of what is named instead."""
+
+    def make(output_dir="out", **options):
+        defaults = {"model": str(checkpoint), "tasks": [str(data / "tasks.yaml")], "max_length": 64}
+        return MtebArguments(output_dir=str(tmp_path / output_dir), **(defaults | options))
+
+    return make
 
 
 @pytest.fixture

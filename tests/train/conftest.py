@@ -1,4 +1,4 @@
-"""Small raw data sets."""
+"""Small raw data sets, and a small task."""
 
 import pytest
 
@@ -31,3 +31,30 @@ def labelled(tmp_path):
     ]
     write_jsonl(tmp_path / "train.jsonl", [*rows, {"text": "alone", "label": "single"}])
     return tmp_path
+
+
+@pytest.fixture
+def halves(sentences):
+    """Each sentence's two halves."""
+    return [(sentence[: len(sentence) // 2], sentence[len(sentence) // 2 :]) for sentence in sentences]
+
+
+@pytest.fixture
+def pairs_file(tmp_path, halves):
+    """Each sentence's first half finds its second."""
+    rows = [{"query": first, "positive": second, "instruction": "Complete"} for first, second in halves]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def tasks_file(tmp_path, halves):
+    """Each sentence's first half finds its second."""
+    folder = tmp_path / "halves"
+    for name, side in (("queries", 0), ("corpus", 1)):
+        write_jsonl(folder / f"{name}.jsonl", [{"_id": str(i), "text": pair[side]} for i, pair in enumerate(halves)])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(len(halves))))
+    file = tmp_path / "tasks.yaml"
+    file.write_text("tasks: [{type: Retrieval, path: halves, instruction: Complete}]")
+    return file

@@ -30,7 +30,7 @@ from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.losses import TeacherScores, contrast
 from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, cache_embeddings
 from tests.conftest import SENTENCES, randomize
-from tests.train.test_trainer import FSDP2, TORCHRUN
+from tests.train.test_processes import FSDP2, TORCHRUN
 from tests.triplets import prepare, write_jsonl
 
 
