@@ -75,7 +75,8 @@ def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) 
     command += ["--seeds", *map(str, args.seeds)] if args.seeds is not None else []
     command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     command += ["--use_gpu"] if args.use_gpu else []
-    command = shlex.join([*command, *(["--mix_revisions"] if args.mix_revisions else [])])
+    command += ["--mix_revisions"] if args.mix_revisions else []
+    command = shlex.join(command + (["--page", args.page] if args.page is not None else []))
     name = grid.file.stem  # a folder may hold several grids
     text = section(grid, results, Path(), command)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from nvembed.eval.commands import SCRIPTS, is_training, known_options
 
 WITHOUT_RECIPE = ("init",)
 OWN_OPTIONS = ("seed", "output_dir", "model_name_or_path", "config", "resume_from_checkpoint")
+FIXED_START = ("init", "seed")  # may be set all the same: every seed then begins with the same new weights
 MEASURE, MERGED = "measure", "merged"  # what takes time beside the steps
 RESERVED = ("recipe", "steps")  # keys of an axis's value beside the steps
 OWN = "its own set"  # in place of what a zero-shot grid leaves out: for each task, its own training split
@@ -128,8 +129,6 @@ class Grid:
             for name, change in values.items():
                 self._check_change(f"{axis}: {name}", mapping(change, f"{self.file}: {axis}: {name}"))
         self._check_change("options", self.options)
-        if self.start is not None and "init" in self.steps:
-            raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
         for (one, first), (other, second) in combinations(self.axes.items(), 2):
             both = {name for change in first.values() for name in set_by(change)}
             if shared := both & {name for change in second.values() for name in set_by(change)}:
@@ -216,7 +215,7 @@ class Grid:
                 )
             if key in STEPS:
                 for name, value in mapping(options, f"{self.file}: {where}: {key}").items():
-                    if name in OWN_OPTIONS:
+                    if name in OWN_OPTIONS and (key, name) != FIXED_START:
                         raise ValueError(f"{self.file}: {where}: {key} sets {name}, which the grid sets itself")
                     if value is None or value == [] or isinstance(value, dict):
                         raise ValueError(f"{self.file}: {where}: {key}: {name} is {value!r}, which no command line has")
@@ -227,6 +226,12 @@ class Grid:
         if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in STEPS]):
             wrong = unknown[0] if isinstance(steps, list) and steps else steps
             raise ValueError(f"{self.file}: there is no step {wrong!r}; the steps are {', '.join(STEPS)}")
+        if "init" in steps[1:]:
+            raise ValueError(
+                f"{self.file}: the steps are {', '.join(steps)}; init must be the first, for it begins anew"
+            )
+        if self.start is not None and "init" in steps:
+            raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
         for axis, value in cell:
             if idle := self.axes[axis][value].keys() - {*RESERVED, *steps}:
                 raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")

@@ -42,7 +42,7 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     made_by = [f"{library} {version}" for library, version in results.made_of.get("libraries", {}).items()]
     made_by.append(f"code {', '.join(digests) or '-'}")
     lines.append(
-        f"`{command}`; {hours:.2f} hours of commands, with those of steps that other grids share, {date.today()}, "
+        f"`{command}`; {hours:.2f} hours of commands, steps shared with other grids included; written {date.today()}; "
         f"{', '.join(made_by)}. The commands of each run are in {name}.commands.txt there, its scores in "
         f"[{name}.csv]({(folder / f'{name}.csv').as_posix()})."
     )

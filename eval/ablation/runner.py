@@ -41,8 +41,8 @@ class Results:
         made_of: recipes, data and tasks (`provenance.made_of`); results of others are not mixed in.
         scores: key of a run, or of a mean of checkpoints -> task -> score in percent, and "average".
         seconds: key of a step, or of a measurement -> how long it took; with `FAILED`, attempts that failed.
-        code: key of a step, or of a measurement -> digest of the code that made it; several, with commas, of a training
-            that went on with other code.
+        code: key of a step, or of a measurement -> digest of the code that made it; several, with commas, of one that
+            went on with other code.
         failed: cell -> seed -> why.
         commits: digest of the code -> the commit that it is of, where there is one.
     """
@@ -168,6 +168,10 @@ class Runner:
     def folder_of(self, key: str) -> Path:
         return self.folder / "runs" / key
 
+    def _scores_of(self, key: str) -> Path:
+        """Where the checkpoint of a step is measured."""
+        return self.folder / "scores" / key
+
     def run(self) -> None:
         """Every step once its base is there, every measurement once its checkpoint is; what fails is kept, too.
 
@@ -206,15 +210,21 @@ class Runner:
         self.results.save(self.folder)
 
     def _submit(self, pool: ThreadPoolExecutor, key: str, work, *arguments):
-        """Starts a job, noting the code that does it: a training that is stopped goes on later."""
+        """Starts a job, noting the code that does it: one that is stopped goes on later."""
         if not (self.folder_of(key) / "config.json").is_file():
             code, before = code_digest(), self.results.code.get(key)
-            goes_on = before is not None and any(self.folder_of(key).glob("checkpoint-*"))
+            goes_on = before is not None and self._is_begun(key)
             self.results.code[key] = ", ".join(sorted({code} | (digests_in([before]) if goes_on else set())))
             if (of := commit()) is not None:
                 self.results.commits[code] = of
             self.results.save(self.folder)
         return pool.submit(self._timed, work, *arguments)
+
+    def _is_begun(self, key: str) -> bool:
+        """Whether an earlier attempt has left something to go on with: a checkpoint, or tasks that were measured."""
+        if key.endswith(MEASURING):
+            return any(self._scores_of(key.split(":")[0]).glob("results/*/*/*.json"))
+        return any(self.folder_of(key).glob("checkpoint-*"))
 
     def _timed(self, work, *arguments) -> tuple[object, Exception | None, float]:
         """(Result, error, seconds) of a job in one of the places."""
@@ -283,7 +293,7 @@ class Runner:
     def _measuring(self, key: str, names: Sequence[str]) -> str:
         """The command that measures a checkpoint, on tasks of these names if there are any, else on all."""
         arguments = ["--model", str(self.folder_of(key)), "--tasks", *self.grid.tasks, *self._options(names)]
-        return command("eval/run_mteb.py", arguments, self.folder / "scores" / key)
+        return command("eval/run_mteb.py", arguments, self._scores_of(key))
 
     def _options(self, names: Sequence[str]) -> list[str]:
         options = ["--max_length", str(self.grid.max_length), "--dtype", self.grid.dtype]
@@ -292,8 +302,8 @@ class Runner:
     def _measure(self, key: str, names: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
         with self._log(key + MEASURING) as log:
             where = {"stdout": log, "stderr": log, "env": environment}
-            folder = self.folder / "scores" / key
-            return score(str(self.folder_of(key)), self.grid.tasks, folder, *self._options(names), **where)
+            model, folder = str(self.folder_of(key)), self._scores_of(key)
+            return score(model, self.grid.tasks, folder, *self._options(names), **where)
 
     def _merge(self, pool: ThreadPoolExecutor) -> None:
         """Makes and measures the mean of each cell's seeds, where all of them are there."""

@@ -162,19 +162,22 @@ def test_a_recipe_that_changes_while_its_grid_runs_ends_its_runs(write_grid, tmp
     assert "recipe.yaml cannot be read as YAML" in results.failed["a"]["1"]
 
 
-def test_a_training_that_other_code_goes_on_with_is_of_both(write_grid, tmp_path, monkeypatch):
+def test_what_other_code_goes_on_with_is_of_both(write_grid, tmp_path, monkeypatch):
     grid = Grid.read(write_grid(steps=["stage1"], options={}, axes={"one": {"a": {}}}))
     key = grid.runs()[0].last.key
-    results = Results({}, code={key: "0123456789ab"})
+    folders = {key: tmp_path / "out/runs" / key, f"{key}:scores": tmp_path / "out/scores" / key}
+    left = {key: "checkpoint-2", f"{key}:scores": "results/model/revision/scored.json"}
+    results = Results({}, code=dict.fromkeys(folders, "0123456789ab"))
     one = Runner(grid, tmp_path / "out", results)
     monkeypatch.setattr(one, "_make", lambda *given: None)
     with ThreadPoolExecutor(1) as pool:
-        (one.folder_of(key) / "checkpoint-2").mkdir(parents=True)
-        one._submit(pool, key, one._make)
-        assert results.code[key] == ", ".join(sorted(("0123456789ab", code_digest())))
-        shutil.rmtree(one.folder_of(key))
-        one._submit(pool, key, one._make)
-        assert results.code[key] == code_digest()
+        for job, folder in folders.items():
+            (folder / left[job]).mkdir(parents=True)
+            one._submit(pool, job, one._make)
+            assert results.code[job] == ", ".join(sorted(("0123456789ab", code_digest())))
+            shutil.rmtree(folder)
+            one._submit(pool, job, one._make)
+            assert results.code[job] == code_digest()
 
 
 def test_runs_that_begin_alike_share_their_steps(write_grid, capsys):
@@ -195,6 +198,9 @@ def test_runs_that_begin_alike_share_their_steps(write_grid, capsys):
     taken.seconds[f"{runs[1].last.key}:failed"] = 3600
     again = {name: (count, minutes) for name, count, minutes in estimate(grid, taken)}
     assert again["stage2"] == (7, 1), "what failed is still to be made, and tells no time"
+    fixed = Grid.read(write_grid(axes=axes, steps=steps, seeds=[1, 2], options={"init": {"seed": 3}})).runs()
+    assert len({run.last.chain[0].key for run in fixed}) == 2, "a pooling each: both seeds begin with the same weights"
+    assert len({run.last.key for run in fixed}) == 8
     print_plan(grid, Runner(grid, Path("out"), taken))
     plan = capsys.readouterr().out
     assert "# eos, high, seed 2\npython train/init_checkpoint.py" in plan

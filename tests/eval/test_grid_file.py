@@ -50,6 +50,11 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"steps": ["init", "stage3"]}, "there is no step 'stage3'"),
         ({"steps": []}, "steps is empty; give it a value"),
         ({"start": "runs/base"}, "start is runs/base, and the steps begin with init"),
+        (
+            {"start": "b", "steps": ["stage1"], "axes": {"p": {"x": {"steps": ["init"]}}}},
+            "start is b, and the steps beg",
+        ),
+        ({"steps": ["stage1", "init"]}, "the steps are stage1, init; init must be the first"),
         ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
         ({"paper": {"median": 1.0}}, "paper has 'median', which is no cell"),
