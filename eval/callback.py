@@ -61,7 +61,7 @@ class LocalTasksCallback(TrainerCallback):
         """Main scores by task, and their "average"."""
         current = LoadedModel("in training", "now", embed)
         results = measure(self.tasks, TaskEncoder(current, embed, self.instructions))
-        summary = summarize(self.tasks, results, current)
+        summary = summarize(self.tasks, results, [current], [None])
         return summary["tasks"] | {"average": summary["average"]}
 
     def measure_together(self, embed: Embed) -> dict[str, float]:

@@ -42,7 +42,7 @@ def recipe_settings(recipe: Path, step: str) -> dict:
     """What a recipe sets for a step: what is at its top, under what is under the step's own key.
 
     Raises:
-        ValueError: it cannot be read as YAML, or holds no mapping.
+        ValueError: it cannot be read as YAML, holds no mapping, or has other steps' keys and not the step's.
     """
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -50,6 +50,8 @@ def recipe_settings(recipe: Path, step: str) -> dict:
         raise ValueError(f"{recipe} cannot be read as YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get(step) or {}, dict):
         raise ValueError(f"{recipe} must hold a mapping of settings, and so must its {step}, if it has one")
+    if (sections := content.keys() & {*STAGES}) and step not in sections:
+        raise ValueError(f"{recipe} has {', '.join(sorted(sections))} and no {step}: add `{step}:` with its settings")
     return {name: value for name, value in content.items() if name not in STAGES} | (content.get(step) or {})
 
 

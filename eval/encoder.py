@@ -23,7 +23,7 @@ class TaskEncoder(AbsEncoder):
     """Collects a task's texts, looks up their instruction and embeds them; the interface is mteb's.
 
     `texts` tells of each task how many texts were embedded and how many of them cut at `max_length`, and how much those
-    that came first, such as its documents, crowd: `mean_cosine` and `effective_rank`.
+    that came first, of retrieval the first documents, crowd: `mean_cosine` and `effective_rank`.
 
     Args:
         instructions: task name -> instruction.
@@ -41,6 +41,7 @@ class TaskEncoder(AbsEncoder):
         self.prompts, self.embed, self.instructions = model.prompts, embed, instructions
         self.model = model
         self.texts: dict[str, dict[str, float]] = {}  # what is known of each task's, by name
+        self.described: dict[str, PromptType | None] = {}  # task -> which of its texts `describe_spread` has seen
         self.keep = keep
         overwrites = {"name": model.name, "revision": model.revision, "similarity_fn_name": model.similarity}
         self.mteb_model_meta = ModelMeta.create_empty(overwrites)
@@ -60,9 +61,12 @@ class TaskEncoder(AbsEncoder):
         unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
         prefix = self.prefix(task_metadata, prompt_type)
         embeddings = self.embed(list(unique), prefix)
-        if task_metadata.name not in self.texts:
-            self.texts[task_metadata.name] = {"texts": 0, "cut": 0} | describe_spread(embeddings)
-        known = self.texts[task_metadata.name]
+        name = task_metadata.name
+        known = self.texts.setdefault(name, {"texts": 0, "cut": 0})
+        is_document = prompt_type is PromptType.document  # of retrieval, queries come first
+        if name not in self.described or is_document and self.described[name] is not PromptType.document:
+            known |= describe_spread(embeddings)
+            self.described[name] = prompt_type
         known["texts"] += len(unique)
         cut = self.count_cut(list(unique), prefix)
         known["cut"] = None if cut is None or known["cut"] is None else known["cut"] + cut

@@ -74,7 +74,8 @@ def read_run(path: str) -> Run:
         raise ValueError(
             f"{file} is neither a summary of run_mteb.py nor a list of task, type, score: {error!r}"
         ) from None
-    return Run(content["model"], tasks, types, details, _seconds(file.parent, content))
+    name = content["model"] + (f" queried by {content['query_model']}" if "query_model" in content else "")
+    return Run(name, tasks, types, details, _seconds(file.parent, content))
 
 
 def _seconds(folder: Path, summary: dict) -> dict[str, float]:
@@ -106,7 +107,7 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """
     Raises:
-        ValueError: two runs have one name, or two types for one task.
+        ValueError: two runs have one name, or one that of a model of the paper's beside it, or two types for one task.
     """
     types: dict[str, str] = {}
     for run in runs:
@@ -122,7 +123,11 @@ def compare(runs: Sequence[Run]) -> Comparison:
     released = {task: reference["tasks"][task]["score"] for task in types if task in measured}
     averages = {run.name: _averages(run.tasks, types) for run in runs}
     if released:
-        stated_names = reference["averages"].keys() - {run.name for run in runs}
+        stated_names = reference["averages"].keys()
+        if taken := stated_names & averages.keys():
+            raise ValueError(
+                f"a run is called {min(taken)!r}, as one of the paper's models: give it another by --names"
+            )
         same = {"NV-Embed-v2": _averages(released, types)}  # of these tasks, where the paper's averages are over others
         for name, stated in reference["averages"].items():
             averages[name] = {
@@ -230,9 +235,9 @@ def spread_section(comparison: Comparison) -> str:
         if any(figure is not None for figure in figures):
             rows.append([task, *("-" if figure is None else f"{figure:g}" for figure in figures)])
     return (
-        "\n## Spread\n\nOf up to 1,000 texts of each task: the mean cosine of two of them (near 0 where embeddings use "
-        "all directions), and over how many dimensions they spread (the exponential of the entropy of their singular "
-        f"values).\n\n{markdown_table(rows, 1)}\n"
+        "\n## Spread\n\nOf up to 1,000 texts of each task, of retrieval documents: the mean cosine of two of them "
+        "(near 0 where embeddings use all directions), and over how many dimensions they spread (the exponential of "
+        f"the entropy of their singular values).\n\n{markdown_table(rows, 1)}\n"
     )
 
 

@@ -11,7 +11,7 @@ summary.json                      scores, category averages, average
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -24,7 +24,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from nvembed.eval.files import digest_files, write_json
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.tasks.instructions import TaskInstruction
-from nvembed.eval.training_data import is_seen, mark
+from nvembed.eval.training_data import is_seen_by_any, mark
 
 
 logger = logging.getLogger(__name__)
@@ -150,29 +150,33 @@ def main_score(task: AbsTask, result: TaskResult) -> float:
 def summarize(
     tasks: Iterable[AbsTask],
     results: Mapping[str, TaskResult],
-    model: LoadedModel,
-    certificate: Mapping | None = None,
+    models: Sequence[LoadedModel],
+    certificates: Sequence[Mapping | None],
     texts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict:
     """`summary.json`: scores 0 to 1, averaged as in the paper: a category over its tasks, `average` over all tasks.
 
     Args:
-        certificate: what the model was trained on (`nvembed.eval.training_data`).
+        models: the one that embedded all texts, or documents, and the one that embedded queries.
+        certificates: what each was trained on (`nvembed.eval.training_data`).
         texts: what is known of each task's, as `TaskEncoder` gathers it.
     """
     tasks, texts = list(tasks), texts or {}
     scores = {task.metadata.name: main_score(task, results[task.metadata.name]) for task in tasks}
     types = {task.metadata.name: task.metadata.type for task in tasks}
+    model, *others = models
+    asked = {"query_model": others[0].name, "query_revision": others[0].revision} if others else {}
     return {
         "tasks": scores,
         "categories": category_averages(scores, types),
         "average": fmean(scores.values()),
         "model": model.name,
         "revision": model.revision,
+        **asked,
         "mteb": mteb.__version__,
         "details": {
             task.metadata.name: describe(task)
-            | {"training_data": mark(is_seen(task, certificate))}
+            | {"training_data": mark(is_seen_by_any(task, certificates))}
             | about_texts(task, texts)
             for task in tasks
         },
@@ -189,7 +193,12 @@ def describe(task: AbsTask) -> dict:
 
 
 def eval_results(scores: Mapping[str, float], details: Mapping[str, dict]) -> list[EvalResult]:
-    """A model card's `model-index`, as on the MTEB leaderboard; `details` are those of `describe`."""
+    """A model card's `model-index`: scores in percent, as in the released checkpoints' cards.
+
+    Args:
+        scores: in percent.
+        details: those of `describe`.
+    """
     results = []
     for task, score in scores.items():
         detail = details[task]
@@ -203,7 +212,7 @@ def eval_results(scores: Mapping[str, float], details: Mapping[str, dict]) -> li
                     dataset_split=", ".join(detail["splits"]),
                     dataset_revision=detail["dataset_revision"],
                     metric_type=metric,
-                    metric_value=round(score, 4),
+                    metric_value=round(score, 2),
                 )
             )
     return results

@@ -52,9 +52,10 @@ def run(args: MtebArguments) -> dict | None:
         ConnectionError: as `measure`.
     """
     tasks = select_tasks(args.tasks, args.task_names)
-    certificate = read_training_data(args.model, args.revision)
+    certificates = [read_training_data(args.model, args.revision)]
     if args.query_model is not None:
         check_retrieval(tasks)
+        certificates.append(read_training_data(args.query_model, args.query_revision))
     queries = args.load_query_model()
     model = args.load()
     with split_over_processes(model.embed if queries is None else routed(model, queries)) as embed:
@@ -79,7 +80,7 @@ def run(args: MtebArguments) -> dict | None:
             print(f"{kept} of {len(tasks)} tasks were measured before")
         measured = measure(tasks, encoder, cache)
         texts = results.keep_texts(folder, encoder.texts)
-        summary = results.summarize(tasks, measured, model, certificate, texts)
+        summary = results.summarize(tasks, measured, models, certificates, texts)
         results.write_json(folder / "summary.json", summary)
         seconds = {name: result.evaluation_time or 0.0 for name, result in measured.items()}
         print(f"\n{model.name} at {model.revision}, {model.max_length} tokens, percent")

@@ -1,7 +1,7 @@
 """What a checkpoint was trained on, as it says itself, and which tasks that makes seen rather than zero-shot."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mteb.abstasks import AbsTask
@@ -57,6 +57,12 @@ def is_seen(task: AbsTask, certificate: Mapping | None) -> bool | None:
     if meta.is_zero_shot_on([task]) is False:
         return True
     return False if certificate.get("complete") else None
+
+
+def is_seen_by_any(task: AbsTask, certificates: Iterable[Mapping | None]) -> bool | None:
+    """As `is_seen`, of a score that several models made: zero-shot only if it is so for each."""
+    seen = {is_seen(task, certificate) for certificate in certificates}
+    return True if True in seen else None if None in seen else False
 
 
 def mark(seen: bool | None) -> str:

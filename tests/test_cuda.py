@@ -21,6 +21,8 @@ from nvembed.eval.log_history import LOG_FILE
 from nvembed.eval.speed.compressed import keep_two_of_four
 from nvembed.eval.vectors import VectorShards
 from nvembed.texts_nvembed import PackedLayout, has_varlen_kernel
+from nvembed.train.center import CenterArguments
+from nvembed.train.center import main as center
 from tests.conftest import ROOT
 from tests.test_golden import CASES, encode_case
 
@@ -223,3 +225,12 @@ def test_embed_corpus_by_two_tasks_equals_encode(tmp_path, checkpoint, sentences
     expected = NVEmbedModel.from_pretrained(checkpoint).cuda().encode(documents).cpu()
     vectors = torch.cat([torch.as_tensor(shard) for shard in shards.blocks()])
     torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=0)
+
+
+def test_a_mean_found_on_a_gpu_is_that_of_a_cpu(tmp_path, checkpoint, pairs_file):
+    for device in ("cuda", "cpu"):
+        options = {"datasets": [str(pairs_file)], "num_negatives": 0, "calibration_samples": 8, "device": device}
+        center(CenterArguments(model_name_or_path=str(checkpoint), output_dir=str(tmp_path / device), **options))
+    found, expected = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
+    (name,) = (name for name in expected if name.endswith("mean_embedding"))
+    torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0)

@@ -144,7 +144,7 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     if has_curve:
         draw_curves(run.history, run.stage, folder / curve)
     base_model = run.base if is_hub_name(run.base) else before.get("base_model")
-    scores = last_scores(run)
+    percent = {name: 100 * score for name, score in last_scores(run).items()}
     data = ModelCardData(
         model_name=name.split("/")[-1],
         base_model=base_model,
@@ -153,10 +153,10 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
         pipeline_tag="feature-extraction",
         **{name: before[name] for name in ("license", "license_name", "license_link") if name in before},
         tags=["nvembed", "sentence-transformers", "sentence-similarity", "mteb"],
-        eval_results=eval_results(scores, {task.metadata.name: describe(task) for task in run.tasks if scores}) or None,
+        eval_results=eval_results(percent, {task.metadata.name: describe(task) for task in run.tasks}) or None,
     )
     text = f"# {name.split('/')[-1]}\n\n{introduction(run, base_model)}\n\n## Usage\n\n{usage(run, name, adapter)}\n"
-    if scores:
+    if percent:
         text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
     if run.certificate is not None:
         text += f"\n## Training data\n\n{training_data_text(run.certificate)}\n"

@@ -36,7 +36,7 @@ def raw_embeddings(model: NVEmbedModel, chunks: list[dict], device: str) -> Tens
     model.eval().to(device)
     block, embeddings = model.latent_attention_model, []
     for chunk in chunks:
-        states = model(**{name: part for name, part in chunk.items() if name != "pool_mask"}).last_hidden_state
+        states = model(chunk["input_ids"].to(device), lengths=chunk["lengths"]).last_hidden_state
         embeddings.append(block.reduce(states, chunk["pool_mask"], PackedLayout(chunk["lengths"])).float().cpu())
     return torch.cat(embeddings)
 

@@ -197,7 +197,8 @@ def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: boo
     content = json.loads(file.read_text())
     periods = [(period["from_step"], period["settings"]) for period in content["periods"]]
     before = periods[-1][1]
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    # What an earlier nvembed had no option for was off.
+    changed = [name for name, value in settings.items() if value != before.get(name) and (value or name in before)]
     for name in changed:
         reason = REFUSED.get(name)
         if name in (*OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS):

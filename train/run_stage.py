@@ -27,10 +27,11 @@ from nvembed.train.checkpoints import check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import (
+    are_told_apart_by_positives,
     check_apart,
     check_have_classes,
     check_have_negatives,
-    have_classes,
+    check_have_scores,
     read_provenance,
     read_tables,
     with_positives_as_classes,
@@ -188,8 +189,8 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
     Raises:
         FileNotFoundError: `output_dir` is not on a disk that this process's machine shares with the main process's.
         TimeoutError: the main process took longer than `ddp_timeout`.
-        ValueError: as `write_tables`; there are fewer triplets than one update takes; a data set
-            has no negatives and its rows get none from their batch.
+        ValueError: as `write_tables`; there are fewer triplets than one update takes; a data set has no negatives and
+            its rows get none from their batch; `false_negative_margin` has nothing to compare.
     """
     sources = data_args.datasets
     folder, seed = training_args.triplets_dir, training_args.order_seed
@@ -201,17 +202,20 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
     in_batch_negatives, rows = training_args.in_batch_negatives, training_args.batch_rows
     if in_batch_negatives == "labels" and rows > 1:
         check_have_classes(tables)
+    if training_args.false_negative_margin is not None and not in_batch_negatives:
+        check_have_scores(tables)
     if training_args.needs_negatives:
         weights = data_args.weights or [len(table) for table in tables]
         is_divided = training_args.negatives_are_of_the_set and not training_args.batches_of_one_set
         for table, source, weight in zip(tables, sources, weights, strict=True):
             rows_of_set = rows * weight / sum(weights) if is_divided else rows
-            check_have_negatives(table, source, in_batch_negatives, rows_of_set)
+            check_have_negatives(table, source, data_args.num_negatives, in_batch_negatives, rows_of_set)
     if in_batch_negatives == "sets":
         check_apart(tables)
-        without = [source.name for table, source in zip(tables, sources, strict=True) if not have_classes(table)]
-        logger.info(f"in_batch_negatives is sets: rows of {', '.join(without) or 'no set'} are told apart by positives")
-        tables = [table if have_classes(table) else with_positives_as_classes(table) for table in tables]
+        by_positives = [are_told_apart_by_positives(*pair) for pair in zip(tables, sources, strict=True)]
+        names = ", ".join(source.name for source, is_so in zip(sources, by_positives) if is_so) or "no set"
+        logger.info(f"in_batch_negatives is sets: rows of {names} are told apart by positives")
+        tables = [with_positives_as_classes(table) if is_so else table for table, is_so in zip(tables, by_positives)]
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
     together = training_args.batch_rows if training_args.batches_of_one_set else 1

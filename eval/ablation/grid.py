@@ -18,7 +18,7 @@ from nvembed.eval.ablation.grid_file import (
     settings_digest,
 )
 from nvembed.eval.ablation.runs import STEPS, Run, Step, cell_name, spell
-from nvembed.eval.commands import SCRIPTS, is_training, known_options
+from nvembed.eval.commands import SCRIPTS, is_training, known_options, recipe_settings
 
 
 WITHOUT_RECIPE = ("init",)
@@ -340,14 +340,18 @@ def check_options(grid: Grid) -> None:
     """Asks every script of the grid which options it knows.
 
     Raises:
-        ValueError: it does not know one.
+        ValueError: it does not know one, of the grid or of a recipe; a recipe has nothing for a step, and for others.
     """
-    asked: dict[str, set[str]] = {}
+    asked: dict[str, dict[str, Path]] = {}  # step -> option -> the file that sets it
     for source in (grid.options, *grid.changes()):
         for step in source.keys() - RESERVED:
-            asked.setdefault(step, set()).update(source[step])
+            asked.setdefault(step, {}).update(dict.fromkeys(source[step], grid.file))
+    for recipe, step in {(step.recipe, step.name) for run in grid.runs() for step in run.last.chain} - {(None, "init")}:
+        settings = recipe_settings(recipe, step).keys() - {"env"}  # which trl takes from any recipe
+        asked.setdefault(step, {}).update(dict.fromkeys(settings, recipe))
     with ThreadPoolExecutor() as pool:  # each takes as long to start as a training does
         known = pool.map(known_options, (SCRIPTS[step] for step in asked))
     for (step, names), options in zip(asked.items(), known):
-        if unknown := names - options:
-            raise ValueError(f"{grid.file}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
+        if unknown := names.keys() - options:
+            name = min(unknown)
+            raise ValueError(f"{names[name]}: {SCRIPTS[step]} has no option {name!r}; see its --help")

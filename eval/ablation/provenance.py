@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,28 +16,28 @@ from nvembed.eval.commands import ROOT, recipe_settings
 from nvembed.eval.files import sha256
 
 
+PATHS = ("base", "data_dir", "datasets", "eval_tasks", "teacher")  # options that name files or folders
 LIBRARIES = ("torch", "transformers", "peft", "mteb")  # whose versions move a score
 
 
-def data_of(file: Path) -> dict[str, str]:
-    """SHA-256 of the local files that a recipe's sets, or a tasks file's tasks, name: by file and path."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    folder = next((part["data_dir"] for part in parts if part.get("data_dir")), None)
+def data_of(file: Path, content: dict) -> dict[str, str]:
+    """Digests of the local data that a recipe's settings, or a tasks file, name: by file and path."""
     digests = {}
-    for entry in (entry for part in parts for key in ("datasets", "tasks") for entry in as_list(part.get(key))):
+    for entry in (entry for key in ("datasets", "tasks") for entry in as_list(content.get(key))):
         name = entry if isinstance(entry, str) else entry.get("path")
-        if name is None and folder is not None and entry.get("set"):
-            name = str(Path(folder).absolute() / entry["set"])  # what build_data.py wrote
+        if name is None and content.get("data_dir") and entry.get("set"):
+            name = str(Path(content["data_dir"]).absolute() / entry["set"])  # what build_data.py wrote
         if name is not None and (path := file.parent / Path(name).expanduser()).exists():
-            digests |= {f"{file.name}: {key}": digest for key, digest in digest_path(path, name).items()}
+            digests[f"{file.name}: {name}"] = digest_path(path)
     return digests
 
 
-def digest_path(path: Path, name: str) -> dict[str, str]:
-    """SHA-256 of a file, or of all files of a folder, by their names."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {str(Path(name, file.relative_to(path))): sha256(file) for file in files if file.is_file()}
+def digest_path(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder."""
+    if not path.is_dir():
+        return sha256(path)
+    contents = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def made_of(grid: Grid) -> dict:
@@ -47,15 +48,25 @@ def made_of(grid: Grid) -> dict:
     steps = {step.key: step for run in grid.runs() for step in run.last.chain}.values()
     known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
     known |= {"start": grid.start, "libraries": {name: version(name) for name in LIBRARIES}, "files": {}}
-    for file in sorted({step.recipe for step in steps} - {None}):
-        known["files"] |= data_of(file)
+    for file, name in sorted({(step.recipe, step.name) for step in steps if step.recipe is not None}):
+        known["files"] |= data_of(file, recipe_settings(file, name))
     for file in sorted(file for file in map(Path, grid.tasks) if file.is_file()):
-        known["files"] |= {file.name: sha256(file)} | data_of(file)
-    named = {part for step in steps for part in step.options if "/" in part} | ({grid.start} - {None})
+        known["files"] |= {file.name: sha256(file)} | data_of(file, yaml.safe_load(file.read_text(encoding="utf-8")))
+    named = {value for step in steps for value in paths_of(step)} | ({grid.start} - {None})
     for value in sorted(named.union(*(models_of(grid, step) for step in steps))):
         if Path(value).exists():
-            known["files"] |= digest_path(Path(value), value)
+            known["files"][value] = digest_path(Path(value))
     return known
+
+
+def paths_of(step: Step) -> Iterator[str]:
+    """The values of a step's options that may be paths: those of options that are, and what looks like one."""
+    option = None
+    for part in step.options:
+        if part.startswith("--"):
+            option = part.removeprefix("--")
+        elif option in PATHS or "/" in part:
+            yield part
 
 
 def models_of(grid: Grid, step: Step) -> set[str]:
@@ -83,5 +94,6 @@ def code_digest() -> str:
     """Of the code that trains and measures, so that results of different code are told apart."""
     files = [*ROOT.glob("*.py"), *(ROOT / "train").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
     files += (ROOT / "eval/tasks").glob("*.json")  # instructions
+    files += (ROOT / "train/data").glob("*.yaml")  # what the paper's sets are
     digests = {str(file.relative_to(ROOT)): sha256(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]

@@ -35,7 +35,7 @@ class LabelledArguments:
                 label = row.get("label_text", row["label"])
                 labels.setdefault(tables.text_of(row, "text", name), str(label))
         counts = Counter(labels.values())
-        classes = self.classes or [label for label, _ in counts.most_common(8)]
+        classes = list(dict.fromkeys(self.classes or [label for label, _ in counts.most_common(8)]))
         if unknown := [label for label in classes if label not in counts]:
             known = ", ".join(sorted(counts)[:20])
             raise ValueError(f"classes has {unknown[0]!r}, which no text has; labels are {known}")

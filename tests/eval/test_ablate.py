@@ -112,7 +112,9 @@ def test_scores_of_other_settings_are_not_taken(write_grid, tmp_path, change):
 
 
 @pytest.mark.parametrize("where", ["option", "recipe", "teacher"])
-@pytest.mark.parametrize("file", ["scored/test.jsonl", "pairs.jsonl", "tasks.yaml", "base"])
+@pytest.mark.parametrize(
+    "file", ["scored/test.jsonl", "scored/new.jsonl", "pairs.jsonl", "tasks.yaml", "base/config.json"]
+)
 def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir, file, where):
     """Whether an option names the model, or the recipe."""
     shutil.copytree(decoder_dir, tmp_path / "base")
@@ -125,9 +127,10 @@ def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir,
         grid = Grid.read(write_grid(options={}, steps=[step], axes=axes))
     open_results(grid, tmp_path, False).save(tmp_path)
     open_results(grid, tmp_path, False)
-    path = tmp_path / file if file != "base" else tmp_path / "base" / "config.json"
-    path.write_text(path.read_text() + " \n")
-    with pytest.raises(ValueError, match=f"has results of another .*{path.name}: name another output_dir"):
+    with (tmp_path / file).open("a") as changed:
+        changed.write(" \n")
+    name = file.split("/")[0]
+    with pytest.raises(ValueError, match=f"has results of another .*{name}: name another output_dir"):
         open_results(grid, tmp_path, False)
 
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 from nvembed import NVEmbedModel
+from nvembed.eval.report import read_run
 from nvembed.eval.run_mteb import MtebArguments, run
+from nvembed.eval.training_data import FILE
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.distillation import add_projection
 from tests.conftest import randomize
@@ -54,6 +57,22 @@ def test_queries_are_the_students_and_documents_the_teachers(arguments, checkpoi
         relevant[int(query[1:])][int(document[1:])] = int(gain)
     expected = [ndcg(scores, known) for scores, known in zip((queries @ documents.T).tolist(), relevant)]
     assert found == pytest.approx(sum(expected) / len(expected), abs=2e-3)
+
+
+def test_a_set_that_either_model_has_seen_is_seen(arguments, checkpoint, student, tmp_path):
+    documents = shutil.copytree(checkpoint, tmp_path / "documents")
+    seen = {"stages": [{"sets": [{"name": "retrieval", "mteb": []}]}], "complete": True}
+    unseen = {"stages": [], "complete": True}
+    cases = {"a": (seen, unseen, "seen"), "b": (unseen, seen, "seen"), "c": (unseen, unseen, "zero-shot")}
+    for name, (model, query_model, mark) in (cases | {"d": (unseen, None, "-")}).items():
+        for folder, certificate in ((documents, model), (student, query_model)):
+            (folder / FILE).unlink(missing_ok=True)
+            if certificate is not None:
+                (folder / FILE).write_text(json.dumps(certificate))
+        summary = run(arguments(model=str(documents), output_dir=str(tmp_path / name)))
+        assert summary["details"]["retrieval"]["training_data"] == mark
+    assert summary["query_model"].endswith(student.name)
+    assert read_run(str(tmp_path / "d")).name == f"{summary['model']} queried by {summary['query_model']}"
 
 
 def test_results_with_and_without_a_query_model_do_not_mix(arguments):

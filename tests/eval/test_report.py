@@ -88,6 +88,16 @@ def test_only_like_is_compared_with_like(released, run_folder):
     assert average_rows(compare([mine]))[1] == ["me/model", "70.00", "50.00", "60.00", "2.0"]
 
 
+def test_a_run_called_as_a_model_of_the_papers_is_refused(run_folder):
+    """Its scores would be the paper's, or the paper's its own."""
+    mine = read_run(str(run_folder))
+    mine.name = "NV-Embed-v2"
+    with pytest.raises(ValueError, match="a run is called 'NV-Embed-v2', as one of the paper's models"):
+        compare([mine])
+    mine.tasks, mine.types = {"mine": 50.0}, {"mine": "STS"}
+    assert list(compare([mine]).averages) == ["NV-Embed-v2"], "nothing of the paper's beside it"
+
+
 def test_files(released, run_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv", ["report", str(run_folder), str(released), "--output_dir", str(tmp_path / "report")]

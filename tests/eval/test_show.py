@@ -178,6 +178,7 @@ def test_texts_that_cannot_be_shown_are_named(data):
     for options, words in (
         ({"classes": ["never", "often"]}, "classes has 'often', which no text has; labels are always, never"),
         ({"classes": ["never"]}, "has one class"),
+        ({"classes": ["never", "never"]}, "has one class"),
         ({"split": "dev"}, "there is no dev.jsonl"),
         ({"samples": 1}, "samples is 1"),
         ({"split": "one"}, "has 1 text of class 'once'; each class needs two"),

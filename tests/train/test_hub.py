@@ -136,7 +136,7 @@ def test_card_says_how_the_model_was_made(hub, pushed):
     (main, detailed) = data.eval_results
     assert (main.task_type, main.metric_type, main.dataset_split) == ("STS", "main_score", "test")
     measured = re.search(r"\| similar \| cosine spearman \| zero-shot \| (\S+) \| (\S+) \|", card.text)
-    assert float(measured[2]) == pytest.approx(100 * main.metric_value, abs=0.011)
+    assert float(measured[2]) == pytest.approx(main.metric_value, abs=0.011)
     assert "| step 2 | step 4 |" in card.text
     assert "| pairs | triplets | Complete | 8 | 16 |" in card.text, "8 triplets, 4 steps of 4"
     assert "| `learning_rate` | 0.01 |" in card.text and "| `lora_r` | 16 |" in card.text

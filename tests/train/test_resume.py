@@ -258,6 +258,19 @@ def test_every_other_setting_is_applied_from_its_step_on_and_in_the_card(written
     assert resume(**{name: 2}).history(name) == record.history(name)
 
 
+def test_what_an_earlier_version_had_no_option_for_was_off(written):
+    checkpoint, resume = written
+    (path,) = checkpoint.glob("*settings*.json")
+    content = json.loads(path.read_text())
+    for name in ("batches_of_one_set", "spread_out_weight"):
+        del content["periods"][0]["settings"][name]
+    path.write_text(json.dumps(content))
+    assert len(resume(batches_of_one_set=False, spread_out_weight=0.0).periods) == 1
+    assert resume(spread_out_weight=5.0).history("spread_out_weight")[-1] == (4, 5.0)
+    with pytest.raises(ValueError, match="batches_of_one_set was None until checkpoint-4 and is True"):
+        resume(batches_of_one_set=True)
+
+
 def test_another_base_other_data_a_longer_run_and_what_cannot_be_applied_are_refused(written):
     _, resume = written
     with pytest.raises(ValueError, match="was trained on another base"):

@@ -102,6 +102,32 @@ def test_labels_as_negatives_need_classes(tmp_path, labelled):
         load_blend(DataArguments([DatasetSource(same, instruction="")], num_negatives=2), arguments)
     with pytest.raises(ValueError, match="same.jsonl: none of its 8 triplets has a negative"):
         load_blend(DataArguments([classes, DatasetSource(same, instruction="")], num_negatives=2), arguments)
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["n"]} for i in range(8)]
+    mined = DatasetSource(write_jsonl(tmp_path / "mined.jsonl", rows), instruction="")
+    with pytest.raises(ValueError, match="mined.jsonl: num_negatives is 0, so none of its 8 triplets has a negative"):
+        load_blend(DataArguments([classes, mined], num_negatives=0), arguments)
+
+
+def test_texts_of_several_labels_are_not_told_apart_by_their_positives(tmp_path):
+    """Two of them may share a label, and which is not known: no row is a sure negative."""
+    rows = [{"text": f"text {i}", "label": f"{'abc'[i % 3]} {'xyz'[i % 3]}"} for i in range(12)]
+    write_jsonl(tmp_path / "many" / "train.jsonl", rows)
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    source = DatasetSource(str(tmp_path / "many"), instruction="", label_separator=" ")
+    blend = load_blend(DataArguments([source], num_negatives=1), Stage2Arguments(**options, in_batch_negatives="sets"))
+    assert {row["class"] for row in blend} == {None}
+
+
+def test_a_margin_with_nothing_to_compare_is_refused(tmp_path):
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    arguments = Stage2Arguments(**options, false_negative_margin=0.1)
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["n"]} for i in range(8)]
+    plain = DatasetSource(write_jsonl(tmp_path / "plain.jsonl", rows), instruction="")
+    with pytest.raises(ValueError, match="false_negative_margin leaves out in-batch negatives, which are off"):
+        load_blend(DataArguments([plain], num_negatives=1), arguments)
+    rows = [row | {"positive_score": 0.9, "negative_scores": [0.1]} for row in rows]
+    scored = DatasetSource(write_jsonl(tmp_path / "scored.jsonl", rows), instruction="")
+    assert len(load_blend(DataArguments([plain, scored], num_negatives=1), arguments)) == 8
 
 
 def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tmp_path, labelled):
@@ -120,7 +146,7 @@ def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tm
     with pytest.raises(ValueError, match=r"none of its 8 triplets .* \(in_batch_negatives is sets, 1.6 the set's own"):
         load_blend(DataArguments([*few], num_negatives=0), arguments)
     same = write_jsonl(tmp_path / "same.jsonl", [{"query": f"q{i}", "positive": "p"} for i in range(8)])
-    with pytest.raises(ValueError, match="same.jsonl: none of its 8 triplets has a negative"):
+    with pytest.raises(ValueError, match="same.jsonl: num_negatives is 0, so none of its 8 triplets has a negative"):
         load_blend(DataArguments([DatasetSource(same, instruction="")], num_negatives=0), arguments)
     rows = [{"query": f"q{i}", "positive": f"p{i}", "dataset": "labels"} for i in range(8)]
     unlabelled = DatasetSource(write_jsonl(tmp_path / "more.jsonl", rows), instruction="")

@@ -7,7 +7,7 @@ Label-based, as in v1 and for two classes: the positive is the label's own words
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nvembed.eval.data import tables
 from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
@@ -37,9 +37,7 @@ def load_example_based(source: DatasetSource, num_negatives: int, seed: int) -> 
 def _example_pairs(rows, positions, samples: int | None, num_negatives: int, seed: int, counts) -> Iterator[dict]:
     rng = random.Random(seed)
     others = {label: Others(own, len(rows)) for label, own in positions.items()}
-    labels_of: dict[str, set[str]] = {}  # a text may stand in several classes
-    for text, labels in rows:
-        labels_of.setdefault(text, set()).update(labels)
+    labels_of = gather_labels(rows)
     chosen = sample(rows, samples, seed)
     if len(chosen) < len(rows):
         counts["not sampled"] = len(rows) - len(chosen)
@@ -62,6 +60,14 @@ def _example_pairs(rows, positions, samples: int | None, num_negatives: int, see
                 break
         is_sure = labels_of[text] == labels_of[positive] == {label}
         yield {"query": text, "positive": positive, "negatives": list(negatives), "class": label if is_sure else None}
+
+
+def gather_labels(rows: Iterable[tuple[str, list[str]]]) -> dict[str, set[str]]:
+    """All labels of each text, which may stand in several rows."""
+    labels_of: dict[str, set[str]] = {}
+    for text, labels in rows:
+        labels_of.setdefault(text, set()).update(labels)
+    return labels_of
 
 
 def _other_text(candidates, text: str) -> str | None:
@@ -90,7 +96,7 @@ class Others(Sequence):
 
 
 def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
-    """Pairs of a text and its label's words, of several the first's; none of its labels is a negative.
+    """Pairs of a text and its label's words, of several the first's; none of its labels, in any row, is a negative.
 
     Raises:
         ValueError: all texts are of one class, all labels are numbers, or one has no words.
@@ -104,10 +110,10 @@ def load_label_based(source: DatasetSource, num_negatives: int, seed: int) -> Pa
     if all(name.isdigit() for name in names):
         raise ValueError(f"{source.path}: labels are the numbers {names[:5]}; label_classification needs their words")
     rng = random.Random(seed)
-    pairs = []
+    pairs, labels_of = [], gather_labels(rows)
     chosen = sample(rows, source.samples, seed)
     for text, labels in chosen:
-        own = {_words(label) for label in labels}
+        own = {_words(label) for label in labels_of[text]}
         others = [name for name in names if name not in own]
         negatives = rng.sample(others, min(num_negatives, len(others)))
         name = _words(labels[0])

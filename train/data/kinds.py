@@ -31,6 +31,8 @@ KINDS = {
     "label_classification": Kind(classification.load_label_based, symmetric=False),
 }
 
+LABELLED = ("classification", "clustering", "label_classification")
+
 # The columns that tell a table's kind. One is enough for triplets: their loader names the line that lacks another.
 COLUMNS = (
     ("triplets", {"query"}),

@@ -14,7 +14,7 @@ from datasets import Sequence as ListOf
 from transformers.utils.logging import get_logger
 
 from nvembed.eval.files import sha256, whole
-from nvembed.train.data.kinds import KINDS, kind_of
+from nvembed.train.data.kinds import KINDS, LABELLED, kind_of
 from nvembed.train.data.mining import mine_negatives
 from nvembed.train.data.source import DatasetSource, check_exists, find_files, is_beir, is_nemotron
 
@@ -195,35 +195,47 @@ def read_tables(folder: Path, sources: Sequence[DatasetSource]) -> list[Dataset]
     return tables
 
 
-def check_have_negatives(table: Dataset, source: DatasetSource, in_batch_negatives: bool | str, rows: float) -> None:
+def check_have_negatives(
+    table: Dataset, source: DatasetSource, num_negatives: int, in_batch_negatives: bool | str, rows: float
+) -> None:
     """That a data set has negatives, or its rows get some from their batch; else their loss would always be 0.
 
     Args:
+        num_negatives: how many of its negatives a row brings.
         rows: of those that in-batch negatives come from, how many a batch has on average.
 
     Raises:
         ValueError: they have none.
     """
-    if pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
+    if num_negatives and pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
         return
     column = None
     if in_batch_negatives in ("labels", "sets"):
-        column = "class" if have_classes(table) else "positive" if in_batch_negatives == "sets" else None
+        by_positives = in_batch_negatives == "sets" and are_told_apart_by_positives(table, source)
+        column = "positive" if by_positives else "class" if have_classes(table) else None
         is_alone = column is None or rows < 2 or pc.count_distinct(table.data.column(column)).as_py() < 2
     else:
         is_alone = not in_batch_negatives or rows < 2
     if is_alone:
         of = "the set's own rows" if column else "rows"
         raise ValueError(
-            f"{source.path}: none of its {len(table)} triplets has a negative, and rows get none from their batch "
+            f"{source.path}: {'' if num_negatives else 'num_negatives is 0, so '}none of its {len(table)} triplets has "
+            "a negative, and rows get none from their batch "
             f"(in_batch_negatives is {str(in_batch_negatives).lower()}, {rows:.3g} {of} a batch), so nothing would be "
-            "learned from it: give it negatives, leave them out of the file to have them mined, or drop the set"
+            f"learned from it: {'' if num_negatives else 'raise num_negatives, '}give it negatives, leave them out of "
+            "the file to have them mined, or drop the set"
         )
 
 
 def have_classes(table: Dataset) -> bool:
     """Whether any triplet has a class; tables of earlier versions have no such column."""
     return "class" in table.column_names and table.data.column("class").null_count < len(table)
+
+
+def are_told_apart_by_positives(table: Dataset, source: DatasetSource) -> bool:
+    """Whether rows of other positives are sure negatives: not of labelled texts, which may have a label in common."""
+    is_labelled = source.kind in LABELLED or source.label_separator is not None
+    return not (is_labelled or have_classes(table))
 
 
 def with_positives_as_classes(table: Dataset) -> Dataset:
@@ -254,6 +266,15 @@ def check_have_classes(tables: Sequence[Dataset]) -> None:
             "in_batch_negatives is labels and none of the triplets has a class (data of kind classification, "
             "clustering or label_classification, or triplets with a column `class`; a run begun by an earlier version "
             "has none), so nothing would be taken from the batch: set it to false"
+        )
+
+
+def check_have_scores(tables: Sequence[Dataset]) -> None:
+    """Raises a `ValueError` if no hard negative of any table has a teacher's score."""
+    if not any(table.data.column("negative_scores").null_count < len(table) for table in tables):
+        raise ValueError(
+            "false_negative_margin leaves out in-batch negatives, which are off, and hard negatives by their teacher's "
+            "scores, which no triplet has: leave it out, or mine the negatives with a teacher"
         )
 
 

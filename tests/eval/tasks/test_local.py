@@ -11,7 +11,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, v_measure_score
 
-from nvembed.eval.encoder import TaskEncoder
+from nvembed.eval.encoder import TaskEncoder, describe_spread
 from nvembed.eval.measure import measure
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.results import main_score
@@ -186,6 +186,20 @@ def test_beir_folder_to_rerank(data, embed):
     model = LoadedModel("tests/model", "r1", embed)
     result = measure([task], TaskEncoder(model, embed, instructions_for([task])))["retrieval"]
     assert result.scores["test"][0]["map_at_1000"] == main_score(task, result) > 0
+
+
+def test_how_a_retrieval_tasks_embeddings_crowd_is_told_of_its_documents(data, embed):
+    (data / "tasks.yaml").write_text("tasks: [{type: Retrieval, path: retrieval, instruction: Find it}]")
+    tasks = read_tasks(str(data / "tasks.yaml"))
+    encoder = TaskEncoder(LoadedModel("tests/model", "r1", embed), embed, instructions_for(tasks))
+    measure(tasks, encoder)
+    texts = {
+        name: [row["text"] for row in rows(data / "retrieval" / f"{name}.jsonl")] for name in ("corpus", "queries")
+    }
+    expected = {name: describe_spread(embed(list(dict.fromkeys(side)), "")) for name, side in texts.items()}
+    found = {name: encoder.texts["retrieval"][name] for name in expected["corpus"]}
+    assert found == pytest.approx(expected["corpus"], abs=0.06) and expected["corpus"] != expected["queries"]
+    assert encoder.texts["retrieval"]["texts"] == sum(map(len, texts.values()))
 
 
 def test_pairs_as_one_row_of_lists(data, score):

@@ -81,6 +81,17 @@ def test_a_pair_has_a_class_where_no_other_label_casts_doubt_on_it(tmp_path):
         assert row["class"] == (None if row["query"] == "ab" else labels[row["query"]])
 
 
+@pytest.mark.parametrize("kind", ["classification", "label_classification"])
+def test_a_text_in_two_rows_has_the_labels_of_both(tmp_path, kind):
+    rows = [{"text": text, "label": text[0]} for text in ("a0", "a1", "b0", "b1", "c0", "c1")]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "both", "label": "a"}, {"text": "both", "label": "b"}])
+    triplets = [row for row in prepare([DatasetSource(path, kind, instruction="")], 7) if row["query"] == "both"]
+    assert len(triplets) == 2
+    for row in triplets:
+        assert row["class"] is None
+        assert {negative[0] for negative in row["negatives"]} == {"c"}
+
+
 def test_ready_triplets_keep_their_negatives_and_instruction(tmp_path):
     row = {"query": "q", "positive": "p", "negatives": ["n1", "n2"], "instruction": "Own", "symmetric": True}
     path = write_jsonl(tmp_path / "mine.jsonl", [row, {"query": "r", "positive": "s", "negatives": ["n"]}])
