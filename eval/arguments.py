@@ -54,8 +54,7 @@ def run_script(name: str, arguments: type[EvaluationArguments], run: Callable[[A
     """Runs `run` with the command line's arguments; errors in them, or in the data, are reported in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
-    (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
     try:
-        return run(args)
+        return run(*HfArgumentParser(arguments).parse_args_into_dataclasses())
     except (ValueError, ConnectionError) as error:
         sys.exit(f"{name}: {error}")

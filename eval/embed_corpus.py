@@ -16,6 +16,7 @@ import faiss
 from nvembed.eval.arguments import EvaluationArguments, run_script
 from nvembed.eval.data.corpus import TextShards, digest_documents, read_corpus
 from nvembed.eval.files import whole
+from nvembed.eval.models import free_gpu_memory
 from nvembed.eval.results import claim_folder
 from nvembed.eval.shards import ExecutorArguments, Make, make_shards
 from nvembed.eval.vectors import (
@@ -72,12 +73,23 @@ def run(args: EmbedArguments) -> VectorShards:
 
 
 def describe(args: EmbedArguments) -> tuple[dict, MadeFrom]:
-    """The settings of the run, and what its vectors are made from but for the texts; the model is let go again."""
+    """The settings of the run, and what its vectors are made from but for the texts; the model is let go again.
+
+    Raises:
+        ValueError: as `load_model`; there is an instruction, and the model takes none.
+    """
     model = args.load(show_progress_bar=False)
+    if args.instruction and model.prompts is not None:
+        raise ValueError(
+            f"instruction is {args.instruction!r}, and {args.model} has prompts of its own: add --instruct to give it "
+            "instructions instead, or leave it out"
+        )
     settings = args.settings(model) | {name: getattr(args, name) for name in ("instruction", "vectors", "shard_rows")}
-    return settings, MadeFrom(
-        model.name, model.revision, model.document_prefix(args.instruction), model.max_length, texts=""
-    )
+    prefix = model.document_prefix(args.instruction)
+    made_from = MadeFrom(model.name, model.revision, prefix, model.max_length, texts="")
+    del model
+    free_gpu_memory()
+    return settings, made_from
 
 
 def claim_texts(folder: Path, args: EmbedArguments) -> TextShards:

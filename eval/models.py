@@ -1,5 +1,6 @@
 """Models as mteb sees them: checkpoints of ours with a task's instruction, any sentence-transformers model as it is."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from huggingface_hub import constants
 from mteb.models.model_meta import ScoringFunction
@@ -65,6 +67,12 @@ class LoadedModel:
         if self.prompts is not None:
             return self.prompts.get("document", self.prompts["default"])
         return format_instruction(instruction)
+
+
+def free_gpu_memory() -> None:
+    """Gives back what models that were let go held on GPUs; torch keeps it for this process otherwise."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def load_model(

@@ -39,14 +39,15 @@ logger = logging.getLogger("run_air_bench")
 VERSION = "AIR-Bench_24.05"
 
 
+NQ = known_instructions()["NQ"].query  # the paper's for question answering
+
+
 @dataclass
 class AirBenchArguments(EvaluationArguments):
     task_types: list[str] = field(default_factory=lambda: ["qa", "long-doc"], metadata={"help": "qa, long-doc."})
     domains: list[str] | None = field(default=None, metadata={"help": "wiki, web, law, ...; all if left out."})
     splits: list[str] = field(default_factory=lambda: ["dev", "test"], metadata={"help": "dev, test."})
-    instruction: str = field(
-        default=known_instructions()["NQ"].query, metadata={"help": "Task definition of queries; documents have none."}
-    )
+    instruction: str = field(default=NQ, metadata={"help": "Task definition of queries; documents have none."})
     top_k: int = field(default=1000, metadata={"help": "Documents per query in the search results."})
 
     def __post_init__(self):
@@ -94,6 +95,11 @@ def run(args: AirBenchArguments) -> Path | None:
     options = {"languages": ["en"], "splits": args.splits}
     benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **options)
     model = args.load()
+    if args.instruction != NQ and model.prompts is not None:
+        raise ValueError(
+            f"instruction is {args.instruction!r}, and {args.model} has prompts of its own: add --instruct to give it "
+            "instructions instead, or leave it out"
+        )
     with split_over_processes(model.embed_for_search) as embed:
         if embed is None:
             return None

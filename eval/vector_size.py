@@ -13,7 +13,7 @@ vector_size.png; prints a table.
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
 
@@ -21,11 +21,12 @@ import mteb
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from mteb.models.model_meta import ScoringFunction
 from sentence_transformers.quantization import quantize_embeddings
 
 from nvembed.eval import results
 from nvembed.eval.arguments import EvaluationArguments, run_script
-from nvembed.eval.data.corpus import read_corpus
+from nvembed.eval.data.corpus import digest_documents, read_corpus
 from nvembed.eval.encoder import TaskEncoder
 from nvembed.eval.files import write_json
 from nvembed.eval.markdown_table import markdown_table
@@ -133,7 +134,7 @@ def variants(width: int, args: VectorSizeArguments) -> list[Variant]:
 
 
 def run(args: VectorSizeArguments) -> list[dict]:
-    """One entry a variant: what it is, bytes of a vector, scores by task in percent and their average.
+    """One entry a variant: what it is, bytes of a vector, scores of this run's tasks in percent and their average.
 
     Raises:
         ValueError: as `select_tasks`, `load_model`, `read_corpus`, `claim_folder`, `variants` and `measure`.
@@ -143,41 +144,48 @@ def run(args: VectorSizeArguments) -> list[dict]:
     if args.calibration is not None:
         corpus = read_corpus(args.calibration, args.calibration_split)
         texts = [text for _, text in islice(corpus, args.calibration_texts)]
+        if len(texts) < 2:
+            raise ValueError(f"calibration {args.calibration} has {len(texts)} text; it needs two or more")
     model = args.load()
     instructions = instructions_for(tasks) if model.prompts is None else {}
     embed = remembered(normalized(model.embed))
     chosen = variants(embed(["one text"], "").shape[1], args)
     options = {name: getattr(args, name) for name in ("calibration", "calibration_split", "calibration_texts")}
+    if texts is not None:
+        options["digest of calibration texts"] = digest_documents(("", text) for text in texts)
     folder = results.claim_folder(args.output_dir, args.settings(model) | {"mteb": mteb.__version__} | options, {})
-    conditions = {t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) for t in tasks}
+    conditions = {
+        t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) | {"revision": t.metadata.revision}
+        for t in tasks
+    }
     calibration = None if texts is None else embed(texts, model.document_prefix())
     file = folder / "vector_size.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mean_cosine": None, "variants": {}}
     if calibration is not None:
         done["mean_cosine"] = mean_cosine(torch.from_numpy(calibration))
+    compared, entries = replace(model, similarity=ScoringFunction.COSINE), []  # codes have no length of their own
     for variant in chosen:
         before = done["variants"].get(str(variant), {})
         known = {
             name: value
             for name, value in before.get("scores", {}).items()
-            if before["conditions"].get(name) == conditions.get(name)  # else of other data, or another instruction
+            # Else of other data, or another instruction. Tasks that this run has not stay as they are.
+            if name not in conditions or before["conditions"][name] == conditions[name]
         }
         missing = [task for task in tasks if task.metadata.name not in known]
         if missing:
             encoder = TaskEncoder(
-                model, lambda texts, prefix, v=variant: v.apply(embed(texts, prefix), calibration), instructions
+                compared, lambda texts, prefix, v=variant: v.apply(embed(texts, prefix), calibration), instructions
             )
             measured = measure(missing, encoder, None)
             for task in missing:
                 known[task.metadata.name] = 100 * results.main_score(task, measured[task.metadata.name])
-        scores = {task.metadata.name: known[task.metadata.name] for task in tasks}
-        done["variants"][str(variant)] = {
-            "dims": variant.dims, "precision": variant.precision, "is_centred": variant.is_centred,
-            "bytes": variant.bytes, "conditions": conditions, "scores": scores,
-            "average": statistics.mean(scores.values()),
-        }  # fmt: skip
+        entry = {"dims": variant.dims, "precision": variant.precision, "is_centred": variant.is_centred}
+        entry |= {"bytes": variant.bytes, "conditions": before.get("conditions", {}) | conditions, "scores": known}
+        done["variants"][str(variant)] = entry | {"average": statistics.mean(known.values())}
         write_json(file, done)
-    entries = [done["variants"][str(variant)] for variant in chosen]
+        scores = {name: known[name] for name in conditions}
+        entries.append(entry | {"scores": scores, "average": statistics.mean(scores.values())})
     draw(entries, folder / "vector_size.png")
     if done["mean_cosine"] is not None:
         print(f"Mean cosine of two calibration texts: {done['mean_cosine']:.2f}\n")

@@ -14,6 +14,7 @@ code: the number of steps that failed.
 import argparse
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -96,12 +97,14 @@ def run(names: list[str], out: Path, environment: dict[str, str], deadline: floa
             results.append((name, "no time left", 0.0))
             continue
         with (out / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
             try:
-                process = subprocess.run(
-                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit
-                )
-                outcome = "done" if process.returncode == 0 else f"exit code {process.returncode}"
+                outcome = "done" if process.wait(limit) == 0 else f"exit code {process.returncode}"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep the GPU
+                process.wait()
                 outcome = f"stopped after {limit:.0f} s"
         results.append((name, outcome, time.monotonic() - start))
         lines = (out / f"{name}.log").read_text(errors="replace").splitlines()

@@ -71,11 +71,13 @@ def main() -> None:
     golden = ROOT.parent / "shared" / "golden" / "checkpoint"
     if not golden.is_dir():
         sys.exit(f"{golden} is absent; these tests compare with it")
-    rows = []
+    rows, asked = [], sys.argv[1:]
+    if unknown := {*asked} - {versions[0] for versions in VERSIONS}:
+        sys.exit(f"there is no environment of transformers {min(unknown)}: {', '.join(v[0] for v in VERSIONS)}")
     with tempfile.TemporaryDirectory() as folder:
         convert_released(str(golden), str(Path(folder, "converted")))
         save_with_scaled_ropes(str(golden), Path(folder))
-        chosen = [versions for versions in VERSIONS if versions[0] in (sys.argv[1:] or versions)]
+        chosen = [versions for versions in VERSIONS if not asked or versions[0] in asked]
         for versions in tqdm(chosen, unit="environment"):
             rows.append((*versions, run_tests(*versions, Path(folder))))
     print("| transformers | torch | sentence-transformers | tests |\n|---|---|---|---|")

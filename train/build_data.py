@@ -129,11 +129,11 @@ def run(args: BuildArguments) -> dict:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(BuildArguments, description=__doc__).parse_args_into_dataclasses()
-    if args.list:
-        print(list_sets())
-        return
     try:
+        (args,) = HfArgumentParser(BuildArguments, description=__doc__).parse_args_into_dataclasses()
+        if args.list:
+            print(list_sets())
+            return
         manifest = run(args)
     except ValueError as error:
         sys.exit(f"build_data: {error}")

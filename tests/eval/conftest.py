@@ -1,11 +1,14 @@
 """Small data sets of every type of task in one folder, vectors for their texts, an evaluation, a grid of trainings."""
 
+import json
 import random
+import shutil
 import zlib
 
 import numpy as np
 import pytest
 import yaml
+from transformers import BertConfig, BertModel
 
 from nvembed.eval.run_mteb import MtebArguments
 from tests.triplets import write_jsonl, write_similarity_task
@@ -75,6 +78,23 @@ def arguments(checkpoint, data, tmp_path):
         return MtebArguments(output_dir=str(tmp_path / output_dir), **(defaults | options))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def baseline(decoder_dir, tmp_path_factory):
+    """A sentence-transformers model with prompts of its own."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = tmp_path_factory.mktemp("baseline")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=400, max_position_embeddings=128, **shape)).save_pretrained(folder / "bert")
+    for file in decoder_dir.glob("tokenizer*"):
+        shutil.copy(file, folder / "bert")
+    tokenizer = json.loads((folder / "bert" / "tokenizer_config.json").read_text())
+    (folder / "bert" / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"pad_token": "</s>"}))
+    model = sentence_transformers.SentenceTransformer(str(folder / "bert"), device="cpu")
+    model.prompts = {"query": "find: ", "document": "", "STS": "like: "}
+    model.save_pretrained(str(folder / "model"))
+    return folder / "model"
 
 
 @pytest.fixture

@@ -74,6 +74,14 @@ def test_bad_options_are_named(checkpoint, corpus, tmp_path):
         run(args)
 
 
+def test_an_instruction_that_a_model_does_not_read_is_refused(baseline, corpus, tmp_path):
+    args = arguments(baseline, corpus, tmp_path / "v", instruction="Retrieve similar text")
+    with pytest.raises(ValueError, match="has prompts of its own: add --instruct to give it instructions instead"):
+        run(args)
+    args.instruct = True
+    assert run(args).rows == 20
+
+
 @pytest.mark.slow
 def test_two_tasks_killed_and_restarted_give_the_same_vectors(checkpoint, corpus, tmp_path):
     expected = run(arguments(checkpoint, corpus, tmp_path / "one"))

@@ -7,7 +7,6 @@ import mteb
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
-from transformers import BertConfig, BertModel
 
 from nvembed import NVEmbedModel
 from nvembed.eval.models import clean, digest_model, load_model
@@ -28,23 +27,6 @@ def test_a_model_is_known_by_its_files(checkpoint, tmp_path):
     assert digest_model(tmp_path / "copy") != before
     (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
     assert digest_model(tmp_path / "copy") != first
-
-
-@pytest.fixture(scope="module")
-def baseline(decoder_dir, tmp_path_factory):
-    """A sentence-transformers model with prompts of its own."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    folder = tmp_path_factory.mktemp("baseline")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=400, max_position_embeddings=128, **shape)).save_pretrained(folder / "bert")
-    for file in decoder_dir.glob("tokenizer*"):
-        shutil.copy(file, folder / "bert")
-    tokenizer = json.loads((folder / "bert" / "tokenizer_config.json").read_text())
-    (folder / "bert" / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"pad_token": "</s>"}))
-    model = sentence_transformers.SentenceTransformer(str(folder / "bert"), device="cpu")
-    model.prompts = {"query": "find: ", "document": "", "STS": "like: "}
-    model.save_pretrained(str(folder / "model"))
-    return folder / "model"
 
 
 @pytest.mark.slow

@@ -63,6 +63,20 @@ def test_every_variant_is_measured_and_kept(asked, tmp_path, capsys):
     assert run(asked())[0]["average"] == 12.5
     with pytest.raises(ValueError, match="calibration_texts"):
         run(asked(calibration_texts=4))
+    rows = [json.loads(line) for line in (tmp_path / "task" / "test.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "other" / "test.jsonl", rows[::-1])
+    other = (tmp_path / "tasks.yaml").read_text().replace("path: task", "path: other")
+    (tmp_path / "other.yaml").write_text(other)
+    again = run(asked(tasks=[str(tmp_path / "other.yaml")]))
+    assert [*again[0]["scores"]] == ["other"] and again[0]["average"] == again[0]["scores"]["other"]
+    kept = json.loads(file.read_text())["variants"]["32 float32"]["scores"]
+    assert kept == {"task": 12.5, "other": again[0]["average"]}, "another task's scores stay"
+    write_jsonl(tmp_path / "task" / "test.jsonl", [row | {"score": -row["score"]} for row in rows])
+    assert run(asked())[0]["average"] != 12.5, "other data"
+    with (tmp_path / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"text": "one more"}\n')
+    with pytest.raises(ValueError, match="digest of calibration texts"):
+        run(asked())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from nvembed.eval.data.corpus import TextShards
 from nvembed.eval.files import sha256, write_json
-from nvembed.eval.models import digest_model
+from nvembed.eval.models import digest_model, free_gpu_memory
 from nvembed.eval.shards import ExecutorArguments, make_shards
 from nvembed.eval.vectors import (
     MadeFrom,
@@ -139,7 +139,7 @@ def embed_corpora(settings: BuildSettings, sets: Sequence[tuple[DatasetSource, S
     jobs, made_from = [], {}
     for source, paths in sets:
         documents = TextShards.open(paths.corpus)
-        instruction = source.instruction or settings.instruction or ""
+        instruction = (settings.instruction or "") if source.instruction is None else source.instruction
         symmetric = KINDS[kind_of(source)].symmetric if source.symmetric is None else source.symmetric
         prefix = model.document_prefix(instruction if symmetric else "")
         made_from[paths.name] = MadeFrom(model.name, model.revision, prefix, model.max_length, documents.digest)
@@ -147,6 +147,7 @@ def embed_corpora(settings: BuildSettings, sets: Sequence[tuple[DatasetSource, S
             VectorShards(paths.vectors).check(made_from[paths.name])
         jobs += [(paths, number, prefix) for number in range(documents.shards)]
     del model
+    free_gpu_memory()
     vectors = [shard_path(paths.vectors, number) for paths, number, _ in jobs]
     make_shards("embed", partial(prepare_vectors, settings, jobs), vectors, logs, where)
     for _, paths in sets:

@@ -24,9 +24,9 @@ from nvembed.train.data.build_settings import BuildSettings, SetPaths, rules_of
 from nvembed.train.data.corpus import Corpus
 from nvembed.train.data.decontaminate import Decontaminator, clean_triplet, evaluation_texts, report_row
 from nvembed.train.data.kinds import KINDS, kind_of
-from nvembed.train.data.mining import Miner, distinct_texts, merge_known_positives
+from nvembed.train.data.mining import Miner, distinct_texts
 from nvembed.train.data.prepared import TRIPLET_FEATURES, described
-from nvembed.train.data.source import DatasetSource, Pairs
+from nvembed.train.data.source import DatasetSource, Pairs, merge_known_positives
 from nvembed.train.data.teachers import BM25, EmbeddingModel, Reranked, Teacher
 from nvembed.train.data.words import normalize
 

@@ -24,7 +24,7 @@ from nvembed.eval.files import text_id, write_json
 from nvembed.eval.tasks.lookup import select_tasks, with_parts
 from nvembed.train.data.bm25s_alone import bm25s
 from nvembed.train.data.kinds import KINDS, kind_of
-from nvembed.train.data.prepared import iterate_triplets, leave_instruction_open, write_jsonl
+from nvembed.train.data.prepared import OPEN, iterate_triplets, leave_instruction_open, write_jsonl
 from nvembed.train.data.source import DatasetSource, check_fields, check_keys
 from nvembed.train.data.words import normal_words, normalize, split_words
 
@@ -45,7 +45,8 @@ class DecontaminationRule:
         match: "exact": the same text; "normalized": the same words, whatever the case and punctuation; "ngram": `n`
             words in a row are the same; "bm25": a similarity (`BM25Similarity`) of at least `threshold`.
         n: words of an n-gram, or characters in scripts without spaces; a text with fewer is never matched by "ngram".
-        threshold: of "bm25", 0 to 1.
+            None: 13.
+        threshold: of "bm25", 0 to 1. None: 0.8.
         documents: compare with the documents of retrieval tasks, too.
 
     Raises:
@@ -54,8 +55,8 @@ class DecontaminationRule:
 
     against: list[str]
     match: list[str] = field(default_factory=lambda: ["normalized", "ngram"])
-    n: int = 13
-    threshold: float = 0.8
+    n: int | None = None
+    threshold: float | None = None
     documents: bool = False
 
     def __post_init__(self):
@@ -65,6 +66,14 @@ class DecontaminationRule:
                 raise ValueError(f"decontaminate: {name} is empty; it must be a list of at least one name")
         if unknown := [match for match in self.match if match not in MATCHES]:
             raise ValueError(f"decontaminate: match has {unknown[0]!r}; known are {', '.join(MATCHES)}")
+        for name, match, usual in (("n", "ngram", 13), ("threshold", "bm25", 0.8)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+            elif match not in self.match:
+                raise ValueError(
+                    f"decontaminate: {name} is {getattr(self, name)}, which is of the match {match}, and match is "
+                    f"{', '.join(self.match)}: add {match} to it, or leave {name} out"
+                )
         if self.n < 1:
             raise ValueError(f"decontaminate: n is {self.n!r}; it must be a number of words, 1 or more")
         if not 0 < self.threshold <= 1:
@@ -114,7 +123,7 @@ def _texts_of_task(task, documents: bool) -> Iterator[str]:
             task.load_data()
         except Exception as error:
             raise ValueError(f"decontaminate: the data of {task.metadata.name} failed to load: {error}") from error
-    for data in _evaluated_parts(task.dataset, task.metadata.eval_splits):
+    for data in _evaluated_parts(task.dataset, task.eval_splits):
         if isinstance(task, AbsTaskRetrieval):
             yield from data["queries"]["text"]
             if documents:
@@ -281,8 +290,8 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--against", required=True, nargs="+", help="mteb's tasks, YAML files of tasks, or tables")
     parser.add_argument("--match", nargs="+", default=["normalized", "ngram"], help=", ".join(MATCHES))
-    parser.add_argument("--n", type=int, default=13, help="words of an n-gram")
-    parser.add_argument("--threshold", type=float, default=0.8, help="of bm25: share of a text's score with itself")
+    parser.add_argument("--n", type=int, help="of ngram: words of an n-gram (13)")
+    parser.add_argument("--threshold", type=float, help="of bm25: share of a text's score with itself (0.8)")
     parser.add_argument("--documents", action="store_true", help="compare with documents of retrieval tasks, too")
     parser.add_argument("--num_negatives", type=int, default=7)
     parser.add_argument("--output", help="JSONL file of clean triplets to write; with a report beside it")
@@ -301,7 +310,7 @@ def read_triplets(source: DatasetSource, num_negatives: int) -> Iterator[dict]:
     if kind_of(source) == "triplets":
         yield from KINDS["triplets"].load(source, num_negatives, 0).pairs
         return
-    yield from map(leave_instruction_open, iterate_triplets(source, num_negatives, 0, ""))
+    yield from map(leave_instruction_open, iterate_triplets(source, num_negatives, 0, OPEN))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ python train/data/mine_negatives.py --path DATASET --output triplets.jsonl [--ki
 import argparse
 from pathlib import Path
 
-from nvembed.train.data.prepared import iterate_triplets, leave_instruction_open, write_jsonl
+from nvembed.train.data.prepared import OPEN, iterate_triplets, leave_instruction_open, write_jsonl
 from nvembed.train.data.source import DatasetSource
 
 
@@ -24,10 +24,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     source = DatasetSource(args.path, args.kind, args.split, args.instruction, samples=args.samples)
-    triplets = iterate_triplets(source, args.num_negatives, args.seed, "")
-    if args.instruction is None:
-        triplets = map(leave_instruction_open, triplets)
-    count = write_jsonl(Path(args.output), triplets)
+    triplets = iterate_triplets(source, args.num_negatives, args.seed, OPEN)
+    count = write_jsonl(Path(args.output), map(leave_instruction_open, triplets))
     print(f"{count} triplets in {args.output}")
 
 

@@ -11,7 +11,7 @@ from transformers.utils.logging import get_logger
 
 from nvembed.eval.files import text_id
 from nvembed.train.data.corpus import Corpus
-from nvembed.train.data.source import Pairs, check_fields
+from nvembed.train.data.source import Pairs, check_fields, merge_known_positives
 from nvembed.train.data.teachers import BM25, Teacher
 from nvembed.train.data.words import normalize
 
@@ -120,15 +120,6 @@ def mine_negatives(
             f"{name}: {unranked} of {len(rows)} queries match no document of the corpus (for BM25: share no word "
             f"with it), so {'their negatives are drawn at random' if rules.fill else 'they get no negatives'}"
         )
-
-
-def merge_known_positives(rows: list[dict]) -> list[dict]:
-    """The rows with all positives of their query, of whatever row, as `known_positives`."""
-    positives: dict[str, dict[str, None]] = {}
-    for row in rows:
-        known = positives.setdefault(row["query"], {})
-        known.update(dict.fromkeys([row["positive"], *row.get("known_positives", ())]))
-    return [row | {"known_positives": list(positives[row["query"]])} for row in rows]
 
 
 def distinct_texts(corpus: Sequence[str], rows: Sequence[dict]) -> list[str]:

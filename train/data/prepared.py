@@ -97,9 +97,12 @@ def described(rows: Iterable[dict], source: DatasetSource, instruction: str | No
         yield row
 
 
+OPEN = "\0open"  # an instruction that no row has
+
+
 def leave_instruction_open(triplet: dict) -> dict:
-    """A triplet without the column if it is empty: "" in a file would mean none, and training could not give one."""
-    return {key: value for key, value in triplet.items() if (key, value) != ("instruction", "")}
+    """A triplet without the column if it is `OPEN`: "" in a file would mean none, and training could not give one."""
+    return {key: value for key, value in triplet.items() if (key, value) != ("instruction", OPEN)}
 
 
 # --- Writing and reading

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from nvembed.eval.data.beir import read_beir
-from nvembed.train.data.source import DatasetSource, Pairs, read_rows, sample, text_of
+from nvembed.train.data.source import DatasetSource, Pairs, merge_known_positives, read_rows, sample, text_of
 
 
 ENTAILMENT, CONTRADICTION = ("entailment", "0"), ("contradiction", "2")  # as words, or numbered as in SNLI and MNLI
@@ -18,14 +18,13 @@ def load(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
         ValueError: as `read_beir`.
     """
     task = read_beir(source.path, source.split)
-    relevant = {query: [task.corpus[document] for document in documents] for query, documents in task.qrels.items()}
     pairs = [
-        {"query": task.queries[query], "positive": positive, "known_positives": positives}
-        for query, positives in relevant.items()
-        for positive in positives
-        if task.queries[query].strip() and positive
+        {"query": task.queries[query], "positive": task.corpus[document]}
+        for query, documents in task.qrels.items()
+        for document in documents
     ]
-    counts = Counter(rows=sum(map(len, relevant.values())))
+    counts = Counter(rows=len(pairs))
+    pairs = merge_known_positives([pair for pair in pairs if pair["query"].strip() and pair["positive"]])
     counts["empty query or document"] = counts["rows"] - len(pairs)
     chosen = sample(pairs, source.samples, seed)
     counts["not sampled"] = len(pairs) - len(chosen)
@@ -46,11 +45,8 @@ def load_qa(source: DatasetSource, num_negatives: int, seed: int) -> Pairs:
         passage = text_of(row, "positive", name)
         counts["repeated"] += passage in passages
         passages[passage] = None
-    pairs = [
-        {"query": query, "positive": passage, "known_positives": list(passages)}
-        for query, passages in positives.items()
-        for passage in passages
-    ]
+    pairs = [{"query": query, "positive": passage} for query, passages in positives.items() for passage in passages]
+    pairs = merge_known_positives(pairs)
     corpus = list(dict.fromkeys(passage for passages in positives.values() for passage in passages))
     chosen = sample(pairs, source.samples, seed)
     counts["not sampled"] = len(pairs) - len(chosen)

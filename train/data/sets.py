@@ -101,7 +101,8 @@ def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) ->
             f"{{set: {known.name}, path: ...}}"
         )
     if "path" in entry and "kind" not in entry:
-        told.pop("kind")  # a file of one's own may be in another layout
+        for name in ("kind", "config", "columns", "label_separator"):
+            told.pop(name, None)  # a file of one's own may be in another layout
     return source.as_source(told | given)
 
 

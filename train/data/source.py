@@ -15,6 +15,7 @@ from datasets import load_dataset
 
 from nvembed.eval.data import tables
 from nvembed.texts_nvembed import check_characters
+from nvembed.train.data.words import normalize
 
 
 T = TypeVar("T")
@@ -330,3 +331,15 @@ def text_of(row: dict, column: str, name: str) -> str:
     if not value.strip():
         raise ValueError(f'{name}: "{column}" is empty; every {column} needs text')
     return value
+
+
+def merge_known_positives(rows: list[dict]) -> list[dict]:
+    """The rows with all positives of their query, of whatever row, as `known_positives`.
+
+    Queries that differ in case and punctuation alone are one.
+    """
+    queries, positives = [normalize(row["query"]) for row in rows], {}
+    for query, row in zip(queries, rows):
+        known = [row["positive"], *row.get("known_positives", ())]
+        positives.setdefault(query, {}).update(dict.fromkeys(known))
+    return [row | {"known_positives": list(positives[query])} for query, row in zip(queries, rows)]

@@ -313,6 +313,8 @@ def main() -> None:
     for name in ("tasks", "attempts", "concurrency", "max_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if args.requests_per_minute is not None and not args.requests_per_minute > 0:
+        parser.error(f"--requests_per_minute is {args.requests_per_minute}; it must be above 0")
     counts = Counter()
     settings = Settings(args.tasks, tuple(args.kinds), args.seed, args.attempts, args.concurrency)
     try:

@@ -141,7 +141,11 @@ def test_one_set_alone_and_a_training_read_what_was_built(recipe, tmp_path):
 def test_an_embedding_teacher_ranks_by_its_vectors(recipe, checkpoint, tmp_path):
     change(
         recipe,
-        datasets=[{"path": "data/search"}, {"path": "data/sts"}],
+        datasets=[
+            {"path": "data/search"},
+            {"path": "data/sts"},
+            {"path": "data/sts", "name": "bare", "instruction": ""},
+        ],
         teacher={"model": "an/other", "max_length": 64},
         mining={"last_rank": 10, "fill": False},
         decontaminate=None,
@@ -149,11 +153,11 @@ def test_an_embedding_teacher_ranks_by_its_vectors(recipe, checkpoint, tmp_path)
     manifest = build(recipe, tmp_path / "out", teacher=str(checkpoint))
     model = NVEmbedModel.from_pretrained(checkpoint)
     prompt = format_instruction(INSTRUCTION)
-    for name, on_documents in (("search", ""), ("sts", prompt)):
+    for name, on_queries, on_documents in (("search", prompt, ""), ("sts", prompt, prompt), ("bare", "", "")):
         rows = triplets_of(tmp_path / "out", manifest, name)
         assert any(row["negatives"] for row in rows)
         for row in rows:
-            query = model.encode([row["query"]], prompt, 64).numpy()[0].astype(np.float64)
+            query = model.encode([row["query"]], on_queries, 64).numpy()[0].astype(np.float64)
             texts = [row["positive"], *row["negatives"]]
             scores = model.encode(texts, on_documents, 64).numpy().astype(np.float64) @ query
             np.testing.assert_allclose([row["positive_score"], *row["negative_scores"]], scores, atol=1e-5)

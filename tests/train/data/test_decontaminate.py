@@ -8,6 +8,7 @@ import mteb
 import pytest
 from datasets import Dataset
 
+from nvembed.eval.tasks.lookup import select_tasks
 from nvembed.train.data.decontaminate import (
     BM25Similarity,
     DecontaminationRule,
@@ -92,6 +93,9 @@ def test_only_the_evaluated_splits_of_a_task_count():
         task = mteb.get_task("EmotionClassification")
         task.dataset, task.data_loaded = data, True
         assert list(_texts_of_task(task, False)) == ["test text"]
+    (task,) = select_tasks(["AmazonCounterfactualClassification"])  # of its two splits, the benchmark has one
+    task.dataset, task.data_loaded = {"en": parts | {"validation": parts["train"]}}, True
+    assert list(_texts_of_task(task, False)) == ["test text"]
 
 
 def test_two_files_of_one_name_are_both_compared_with(tmp_path):
@@ -146,7 +150,15 @@ def test_texts_of_tasks_and_tables(tasks, tmp_path):
         ({"against": "STS12"}, "against is 'STS12' of type str, not list"),
         ({"against": ["x"], "match": ["fuzzy"]}, "match has 'fuzzy'; known are exact"),
         ({"against": ["x"], "n": 0}, "n is 0"),
-        ({"against": ["x"], "threshold": 1.5}, "threshold is 1.5"),
+        ({"against": ["x"], "match": ["bm25"], "threshold": 1.5}, "threshold is 1.5"),
+        (
+            {"against": ["x"], "threshold": 0.6},
+            "threshold is 0.6, which is of the match bm25, and match is normalized, n",
+        ),
+        (
+            {"against": ["x"], "match": ["exact"], "n": 8},
+            "n is 8, which is of the match ngram, and match is exact: add",
+        ),
         ({"against": ["x"], "ngrams": 3}, "unknown key 'ngrams'"),
         ({"against": ["x"], "n": True}, "n is True of type bool, not int"),
         ({"against": ["x"], "documents": "no"}, "documents is 'no' of type str, not bool"),

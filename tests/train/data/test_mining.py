@@ -327,6 +327,9 @@ def test_script_writes_ready_triplets_and_overwrites_nothing(tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["mined.jsonl"]
     with pytest.raises(FileExistsError, match="mined.jsonl exists"):
         write_jsonl(output, rows)
+    with source.open("a") as file:
+        file.write(json.dumps({"query": "w9 a", "positive": "w9 b", "instruction": ""}) + "\n")
     subprocess.run([*command[:-1], tmp_path / "bare.jsonl"], check=True, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "bare.jsonl").read_text().splitlines()]
-    assert not any("instruction" in row for row in rows), "training can still give one"
+    assert not any("instruction" in row for row in rows[:4]), "training can still give one"
+    assert rows[4]["instruction"] == "", "none, as the row says"

@@ -186,6 +186,24 @@ def test_positives_of_one_query_are_never_its_negatives(tmp_path):
         assert all(negative.startswith("password text") for negative in row)
 
 
+def test_positives_of_one_query_in_any_spelling_are_never_its_negatives(tmp_path):
+    """Nor those of another id of the same text that were not drawn."""
+    rows = [
+        {"query": query, "positive": f"reset password way {i}"} for i, query in enumerate(("Reset it?", "reset  it"))
+    ]
+    path = write_jsonl(tmp_path / "t.jsonl", [*rows, *({"query": f"q{i}", "positive": f"w {i}"} for i in range(3))])
+    for row in prepare([DatasetSource(path)], num_negatives=4)[:2]["negatives"]:
+        assert len(row) == 3 and all(negative.startswith("w ") for negative in row)
+    folder = tmp_path / "beir"
+    texts = ["password of a bank", "password of a shop", "a boat", "a tree"]
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": "forgot password"} for i in range(2)])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    (row,) = prepare([DatasetSource(str(folder), samples=1, instruction="")], num_negatives=4)
+    assert sorted(row["negatives"]) == ["a boat", "a tree"]
+
+
 def test_the_global_instruction_fills_only_gaps(tmp_path):
     rows = [{"query": "q", "positive": "p", "instruction": "own"}, {"query": "r", "positive": "s"}]
     path = write_jsonl(tmp_path / "t.jsonl", rows)

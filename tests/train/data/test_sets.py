@@ -54,6 +54,10 @@ def test_an_entry_names_a_set_and_overrides_it():
     assert source.mteb == ["ImdbClassification"]
     own = as_source({"set": "hover", "path": "data/hover.jsonl"})
     assert (own.path, own.kind, own.samples) == ("data/hover.jsonl", None, 17_000)
+    own = as_source({"set": "arxiv_p2p", "path": "data/triplets.jsonl"})
+    assert (own.columns, own.label_separator) == (None, None), "of the set's own layout"
+    kept = as_source({"set": "arxiv_p2p", "path": "data/copy.jsonl", "kind": "clustering"})
+    assert kept.columns is not None and kept.label_separator == " "
     built = as_source({"set": "imdb"}, "runs/data")
     assert (built.path, built.kind, built.samples) == ("runs/data/imdb", "triplets", None)
     with pytest.raises(ValueError, match="runs/data/imdb does not exist: build_data.py makes the set 'imdb'"):
