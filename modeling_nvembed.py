@@ -518,7 +518,6 @@ class NVEmbedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["MistralDecoderLayer", "LatentAttention", "FoldedLatentAttention", "SelfAttention"]
 
     def __init__(self, config: NVEmbedConfig):
         super().__init__(config)
@@ -527,6 +526,9 @@ class NVEmbedModel(PreTrainedModel):
         # The released name for every pooling, so that `train/` finds the module it trains in full under one name.
         pooling = FoldedLatentAttention if config.latent_attention_is_folded else POOLINGS[config.pooling_type]
         self.latent_attention_model = pooling(config.latent_attention_config)
+        # Of this model alone: accelerate looks for each when it shards.
+        blocks = [pooling.__name__] if pooling not in (MeanPooling, EosPooling) else []
+        self._no_split_modules = ["MistralDecoderLayer", *blocks]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -957,7 +959,8 @@ def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
         file = find_adapter_config_file(name_or_path, **hub_options)
     except OSError:  # no such repository: loading its config gives the better error
         return None
-    if file is None or Path(file).with_name("config.json").is_file():
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if file is None or cached_file(name_or_path, "config.json", **quiet, **hub_options) is not None:
         return None
     try:
         base = json.loads(Path(file).read_text())["base_model_name_or_path"]

@@ -191,3 +191,17 @@ def test_untrained_latent_attention_is_mean_pooling(checkpoint, decoder_dir, sen
         with torch.no_grad():
             mean = reference(input_ids, attention_mask=mask).last_hidden_state[0].mean(0)
         assert torch.cosine_similarity(embedding, mean, dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("pooling_type", ["latent_attention", "mean", "eos", "self_attention"])
+def test_the_modules_that_are_not_split_are_in_the_model(model, pooling_type, is_folded):
+    """accelerate ends a sharded run that names another."""
+    if is_folded and pooling_type != "latent_attention":
+        return
+    config = model.config
+    config.pooling_type, config.latent_attention_is_folded = pooling_type, is_folded
+    with torch.device("meta"):
+        model = NVEmbedModel(config)
+    assert {*model._no_split_modules} <= {type(module).__name__ for module in model.modules()}
+    assert "MistralDecoderLayer" in model._no_split_modules

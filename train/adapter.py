@@ -154,12 +154,13 @@ def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
 
 
 def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
-    """The model with LoRA merged into its weights, all in the decoder's dtype; it loads without peft.
+    """The model with LoRA merged into its weights, all in the dtype that it was loaded in; it loads without peft.
 
     On a quantized base, LoRA was trained on the rounded weights, so it is added to the dequantized ones, not to the
     originals, and the sum is not quantized again.
     """
-    dtype = decoder_dtype(model)
+    # Full fine-tuning holds all in fp32.
+    dtype = decoder_dtype(model) if isinstance(model, PeftModel) else model.config.dtype or model.dtype
     if is_quantized(model):
         model = with_weights(model, dequantized_weights(model))
     if isinstance(model, PeftModel):
@@ -178,7 +179,8 @@ def dequantized_weights(model: NVEmbedModel | PeftModel) -> dict[str, Tensor]:
     """The weights in main memory, 8- and 4-bit matrices dequantized to the dtype of the norms."""
     # Not from the parameters: on a CPU, bitsandbytes rearranges 4-bit ones, and `state_dict` restores their order.
     state = model.state_dict()
-    weights = {name: state[name].cpu() for name, _ in model.named_parameters()}
+    names = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    weights = {name: state[name].cpu() for name in names if name in state}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
             matrix = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
@@ -39,11 +39,11 @@ NO_CARD = (OSError, ValueError, YAMLError, HfHubHTTPError, OfflineModeIsEnabled)
 SETTINGS = (
     "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives",
     "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "spread_out_weight", "batches_of_one_set",
-    "teacher", "alpha", "contrastive_weight", "kd_losses", "states_error", "layer_map", "teacher_temperature",
-    "embedding_distance", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "steps", "seed",
-    "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing", "gradient_accumulation_steps",
-    "processes",
+    "teacher", "teacher_instruction", "alpha", "contrastive_weight", "kd_losses", "states_error", "layer_map",
+    "teacher_temperature", "embedding_distance", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "steps", "seed", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha",
+    "lora_dropout", "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing",
+    "gradient_accumulation_steps", "processes",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class TrainingRun:
         tasks: the tasks measured during training.
         certificate: what this and earlier stages were trained on (`nvembed.train.certificate`).
         saved_step: step whose weights are saved; None: the last one.
+        revision: of the base on the Hub.
     """
 
     stage: str
@@ -79,6 +80,7 @@ class TrainingRun:
     tasks: Sequence[AbsTask]
     certificate: dict | None = None
     saved_step: int | None = None
+    revision: str | None = None
 
 
 def describe_run(
@@ -108,6 +110,7 @@ def describe_run(
         tasks=list(tasks or ()),
         certificate=certificate,
         saved_step=state.best_global_step if training_args.load_best_model_at_end else None,
+        revision=settings["model_revision"],
     )
 
 
@@ -136,7 +139,8 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
         name: Hub name or local folder that the usage section loads the model from.
         adapter: whether the folder holds only an adapter.
     """
-    before, earlier = earlier_training(run.base, folder)
+    name = name.rstrip("/")
+    before, earlier = earlier_training(run.base, run.revision, folder)
     heading, curve = run.stage, f"loss_{run.stage}.png"
     if count := earlier.count(f"\n### {run.stage}"):  # a stage on top of the same stage
         heading, curve = f"{run.stage} ({count + 1})", f"loss_{run.stage}_{count + 1}.png"
@@ -179,25 +183,27 @@ def write_base_card(folder: Path, base: str) -> None:
     save_card(folder, data, text)
 
 
-def continue_card(base: str, folder: Path, name: str, heading: str, text: str) -> None:
+def continue_card(base: str, revision: str | None, folder: Path, name: str, heading: str, text: str) -> None:
     """Writes the base's card with one more step of its training section, and with the new checkpoint's name.
 
     Args:
-        base: local folder or Hub name of the checkpoint that the step began with.
+        base, revision: local folder or Hub name of the checkpoint that the step began with.
         name: Hub name or local folder of the new one.
     """
+    base, name = base.rstrip("/"), name.rstrip("/")
     try:
-        card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
+        card = load_card(base, revision)
     except NO_CARD as error:
         logger.info(f"no card of {base} to continue: {error}")
         card = ModelCard(f"---\ntags:\n- nvembed\n---\n\n# {name.split('/')[-1]}\n")
     before, _, _ = card.text.partition(TRAINING)
-    _, earlier = earlier_training(base, folder)
+    _, earlier = earlier_training(base, revision, folder)
     old, new = base.split("/")[-1], name.split("/")[-1]
     before = before.replace(f'("{base}"', f'("{name}"').replace(f"# {old}\n", f"# {new}\n", 1)
     # Its scores are those of the weights before this step.
     before = before.replace("\n## Evaluation\n", "\n## Evaluation before the last step below\n")
     card.data.eval_results = None
+    card.data.model_name = new
     save_card(folder, card.data, f"{before.strip()}\n{TRAINING}{earlier}\n### {heading}\n\n{text}\n")
 
 
@@ -215,10 +221,15 @@ def is_hub_name(name: str) -> bool:
     return "/" in name
 
 
-def earlier_training(base: str, folder: Path) -> tuple[dict, str]:
+def load_card(base: str, revision: str | None) -> ModelCard:
+    """The card of a local folder, or of a Hub repository at a revision."""
+    return ModelCard.load(hf_hub_download(base, CARD, revision=revision) if is_hub_name(base) else Path(base, CARD))
+
+
+def earlier_training(base: str, revision: str | None, folder: Path) -> tuple[dict, str]:
     """Metadata of the base's card and, if the base is local, its training section, copying the loss curves in it."""
     try:
-        card = ModelCard.load(base if is_hub_name(base) else Path(base, CARD))
+        card = load_card(base, revision)
     except NO_CARD as error:
         logger.info(f"no card of {base} to continue: {error}")
         return {}, ""

@@ -12,7 +12,13 @@ from nvembed.train.data.source import DatasetSource, could_be_hub_name
 
 
 def certify(
-    stage: str, base: str, sources: Sequence[DatasetSource], made_of: dict | None, blend: Blend, samples: Sequence[int]
+    stage: str,
+    base: str,
+    sources: Sequence[DatasetSource],
+    made_of: dict | None,
+    blend: Blend,
+    samples: Sequence[int],
+    revision: str | None = None,
 ) -> dict:
     """The base's stages, and this one; "complete" if the base's certificate is, from the decoder on.
 
@@ -21,6 +27,7 @@ def certify(
         base: the checkpoint it started from, with its own certificate if it has one.
         made_of: `nvembed.train.data.prepared.read_provenance` of the run's triplets.
         samples: triplets trained on per source, repetitions included.
+        revision: of the base on the Hub.
     """
     provenance = {} if made_of is None else {one["name"]: one for one in made_of["datasets"]}
     sets = []
@@ -40,7 +47,7 @@ def certify(
         if built is not None:
             known["build"] = built
         sets.append(known)
-    before = read_training_data(base)
+    before = read_training_data(base, revision)
     known = {"complete": False, "base": base_name(base), "stages": []} if before is None else before
     return known | {"stages": [*known["stages"], {"stage": stage, "sets": sets}]}
 

@@ -19,8 +19,11 @@ from nvembed.modeling_nvembed import NVEmbedModel, check_tensors
 
 logger = get_logger(__name__)
 
-# What `save_pretrained` writes; a folder with any of these is a checkpoint that must not be overwritten.
-PATTERNS = ("config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py")
+# What `save_pretrained` and our scripts write; a folder with any of these is a checkpoint that must not be overwritten.
+PATTERNS = (
+    "config*.json", "modules.json", "*.safetensors", "*.bin", "tokenizer*", "*_nvembed.py", "special_tokens_map.json",
+    "chat_template.jinja", "training_data.json", "pruning.json", "quantization.json", "loss_*.png",
+)  # fmt: skip
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 

@@ -11,7 +11,7 @@ with which today's transformers and sentence-transformers load it.
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -262,8 +262,8 @@ def main(args: InitArguments) -> None:
         raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
     if args.fold_latent_attention and args.from_released is None:
         raise ValueError("--fold_latent_attention is for --from_released: an untrained checkpoint needs its latents")
-    if args.from_released is not None and not args.is_mask_instruction:
-        raise ValueError("--is_mask_instruction is for --base; a released NV-Embed masks its instructions")
+    if args.from_released is not None:
+        check_of_released(args)
     if args.tokenizer_adds_eos and args.from_released is None:
         raise ValueError("--tokenizer_adds_eos is for --from_released: what --base makes has such a tokenizer")
     if args.from_released is not None:
@@ -272,6 +272,17 @@ def main(args: InitArguments) -> None:
     else:
         check_output_dir(args.output_dir)
         write_checkpoint(init_model(args), args.output_dir, partial(describe, base=args.base))
+
+
+def check_of_released(args: InitArguments) -> None:
+    """Raises a `ValueError` if an option is set that is for a decoder: a released NV-Embed stays as it is."""
+    of_released = ("output_dir", "base", "from_released", "fold_latent_attention", "tokenizer_adds_eos")
+    for option in fields(args):
+        if option.name not in of_released and getattr(args, option.name) != option.default:
+            raise ValueError(
+                f"--{option.name} is for --base: a released NV-Embed keeps what it has "
+                f"({option.name} {getattr(args, option.name)!r} would change nothing)"
+            )
 
 
 def describe(folder: Path, base: str) -> None:

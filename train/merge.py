@@ -91,7 +91,7 @@ def main(args: MergeArguments) -> None:
 
     def add_files(folder) -> None:
         merge_certificates(args.models, folder)
-        continue_card(args.models[0], folder, args.output_dir, "merge", text)
+        continue_card(args.models[0], None, folder, args.output_dir, "merge", text)
 
     write_checkpoint(model, args.output_dir, add_files)
     print(text)

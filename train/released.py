@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,11 +35,12 @@ def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False
         ValueError: as `NVEmbedModel.from_pretrained`.
     """
     check_output_dir(output_dir)
-    model = NVEmbedModel.from_pretrained(source, dtype="auto", fold_latent_attention=True)
+    folder = fetch(source)
+    model = NVEmbedModel.from_pretrained(folder, dtype="auto", fold_latent_attention=True)
     model.config.prompts = model.config.prompts or task_prompts()
     if tokenizer_adds_eos and model.config.add_eos:
         model.tokenizer, model.config.add_eos = append_eos(model.tokenizer), False
-    write_checkpoint(model, output_dir)
+    write_checkpoint(model, output_dir, partial(copy_documents, folder))
 
 
 def append_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -76,34 +78,46 @@ def convert_released(source: str, output_dir: str, tokenizer_adds_eos: bool = Fa
             off.
     """
     check_output_dir(output_dir)
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *DOCUMENTS]))
-        except Exception as error:
-            raise ValueError(
-                f"{source} is neither a local folder nor a Hub model that can be reached: {error}"
-            ) from error
+    folder = fetch(source)
     kind = NVEmbedConfig.get_config_dict(folder)[0].get("model_type")
     if kind != NVEmbedConfig.model_type:
         raise ValueError(f"{source} is a {kind!r} model, not a released NV-Embed; --base makes one from a decoder")
     config = NVEmbedConfig.from_pretrained(folder)
     config.prompts = config.prompts or task_prompts()
     shards = check_weights(folder, tensors_of(config))
-    with staged(output_dir) as partial:
+    with staged(output_dir) as target:
         for shard in tqdm(shards, desc="Linking", unit="file"):
-            link_or_copy(shard, partial / shard.name)
-        for file in (path for pattern in (INDEX, *DOCUMENTS) for path in folder.glob(pattern)):
-            shutil.copyfile(file, partial / file.name)
+            link_or_copy(shard, target / shard.name)
+        copy_documents(folder, target, INDEX)
         tokenizer = load_tokenizer(str(folder), config.add_pad_token, config.text_config.vocab_size)
         if tokenizer_adds_eos and config.add_eos:
             tokenizer, config.add_eos = append_eos(tokenizer), False
-        save_tokenizer(tokenizer, str(partial))
-        save_sentence_transformers_files(config, str(partial))
+        save_tokenizer(tokenizer, str(target))
+        save_sentence_transformers_files(config, str(target))
         with torch.device("meta"):
-            custom_object_save(NVEmbedModel(config), str(partial), config=config)  # the code files, and `auto_map`
+            custom_object_save(NVEmbedModel(config), str(target), config=config)  # the code files, and `auto_map`
         config.architectures = [NVEmbedModel.__name__]
-        config.save_pretrained(partial)
+        config.save_pretrained(target)
+
+
+def fetch(source: str) -> Path:
+    """The folder of a released checkpoint, downloaded if it is a Hub name.
+
+    Raises:
+        ValueError: it is neither a folder nor a name that can be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", *DOCUMENTS]))
+    except Exception as error:
+        raise ValueError(f"{source} is neither a local folder nor a Hub model that can be reached: {error}") from error
+
+
+def copy_documents(folder: Path, target: Path, *others: str) -> None:
+    """Copies license, card and record of training, and files of other names."""
+    for file in (path for pattern in (*DOCUMENTS, *others) for path in folder.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

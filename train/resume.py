@@ -50,6 +50,7 @@ REFUSED = {
     "dtype": "the weights were trained on a base of that dtype",
     "teacher": "the student was trained towards it",
     "teacher_revision": "the student was trained towards it",
+    "teacher_instruction": "the student was trained towards what the teacher makes of it",
 } | dict.fromkeys(
     (
         "use_peft", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules", "lora_target_parameters",

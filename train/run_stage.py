@@ -85,10 +85,12 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     if model_args.is_mask_instruction is not None:
         check_instruction_mask(model_args, model.config, training_args)
         model.config.is_mask_instruction = model_args.is_mask_instruction
-    distillation = None
+    distillation, width = None, model.config.hidden_size
     if isinstance(training_args, DistillArguments):
         distillation = prepare_distillation(training_args, model, data_args.max_length)
-    check_sizes(model_args, training_args, model.config)
+    check_prefixes(training_args, model.config)
+    if training_args.push_adapter:
+        check_adapter_fits(model_args, model.config, width)
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
     adapted = add_adapter(model, model_args)
     if resume is not None:
@@ -126,7 +128,8 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         made_of = read_provenance(training_args.triplets_dir)
         base = settings["model_name_or_path"]
         samples = blend.samples(trainer.state.global_step * training_args.update_rows)
-        certificate = certify(training_args.stage, base, data_args.datasets, made_of, blend, samples)
+        revision = model_args.model_revision
+        certificate = certify(training_args.stage, base, data_args.datasets, made_of, blend, samples, revision)
         if distillation is not None:
             certificate = with_teacher(certificate, training_args.teacher, training_args.teacher_revision)
         write_certificate(folder, certificate)
@@ -149,18 +152,36 @@ def check_instruction_mask(model_args: ModelArguments, config: NVEmbedConfig, tr
         )
 
 
-def check_sizes(model_args: ModelArguments, training_args: StageArguments, config: NVEmbedConfig) -> None:
-    """Raises a `ValueError` if a prefix is longer than the embeddings, or an adapter of a pruned base is pushed."""
+def check_prefixes(training_args: StageArguments, config: NVEmbedConfig) -> None:
+    """Raises a `ValueError` if a prefix is longer than the embeddings."""
     for width in training_args.matryoshka:
         if width >= config.hidden_size:
             raise ValueError(
                 f"matryoshka_dims has {width} and the embeddings have {config.hidden_size} dimensions, which are "
                 "trained in any case: give numbers below"
             )
-    if training_args.push_adapter and config.is_sparse:
+
+
+def check_adapter_fits(model_args: ModelArguments, config: NVEmbedConfig, width: int) -> None:
+    """Raises a `ValueError` if an adapter would be loaded on a base that it does not fit.
+
+    Args:
+        width: of the base's embeddings.
+    """
+    base, way_out = model_args.model_name_or_path, "leave it out, the merged checkpoint has all"
+    if config.is_sparse:
         raise ValueError(
-            f"push_adapter: {model_args.model_name_or_path} is pruned, and others would load an adapter of it without "
-            "its zeros: leave it out, the merged checkpoint has them"
+            f"push_adapter: {base} is pruned, and others would load an adapter of it without its zeros: {way_out}"
+        )
+    if config.hidden_size != width:
+        raise ValueError(
+            f"push_adapter: a projection makes embeddings of the teacher's {config.hidden_size} dimensions, and "
+            f"{base}, on which others would load the adapter, has none: {way_out}"
+        )
+    if model_args.model_revision not in (None, "main"):
+        raise ValueError(
+            f"push_adapter: others would load the adapter on {base} as it is now, and it is trained on revision "
+            f"{model_args.model_revision}: {way_out}"
         )
 
 

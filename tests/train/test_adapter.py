@@ -7,12 +7,13 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModel
 
-from nvembed import NVEmbedModel
+from nvembed import NVEmbedConfig, NVEmbedModel
 from nvembed.eval.models import load_model
 from nvembed.train.adapter import add_adapter, merge_adapter, write_adapter
 from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.init_checkpoint import main as init
+from nvembed.train.run_stage import check_adapter_fits
 
 
 def adapted(folder, **options):
@@ -89,6 +90,25 @@ def test_modules_in_full_are_trained_in_fp32_and_merged_in_the_decoders_dtype(ch
     model = add_adapter(model, ModelArguments(**options))
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
     assert {parameter.dtype for parameter in merge_adapter(model).parameters()} == {torch.bfloat16}
+
+
+def test_all_weights_are_trained_in_fp32_and_saved_in_the_dtype_asked_for(checkpoint):
+    for dtype in (torch.bfloat16, torch.float32):
+        model = add_adapter(NVEmbedModel.from_pretrained(checkpoint, dtype=dtype), ModelArguments(use_peft=False))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in merge_adapter(model).parameters()} == {dtype}
+
+
+def test_an_adapter_that_would_not_fit_its_base_is_not_pushed(model):
+    config = NVEmbedConfig.from_dict(model.config.to_dict())
+    check_adapter_fits(ModelArguments("org/base"), config, config.hidden_size)
+    with pytest.raises(ValueError, match="a projection makes embeddings of the teacher's 32 dimensions, and org/base"):
+        check_adapter_fits(ModelArguments("org/base"), config, 16)
+    with pytest.raises(ValueError, match="on org/base as it is now, and it is trained on revision v2"):
+        check_adapter_fits(ModelArguments("org/base", model_revision="v2"), config, config.hidden_size)
+    config.pruning = {"pattern": "2:4"}
+    with pytest.raises(ValueError, match="org/base is pruned"):
+        check_adapter_fits(ModelArguments("org/base"), config, config.hidden_size)
 
 
 def test_a_checkpoint_that_would_not_load_is_not_written(checkpoint, tmp_path):

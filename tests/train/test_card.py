@@ -7,6 +7,7 @@ from PIL import Image
 
 from nvembed.train.card import (
     TrainingRun,
+    continue_card,
     evaluation_table,
     is_hub_name,
     last_scores,
@@ -104,6 +105,20 @@ def test_the_bases_license_stays(tmp_path):
     write_card(tmp_path / "out", make_run("stage1", str(tmp_path / "base")), "mine")
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.base_model) == ("cc-by-nc-4.0", "org/x")
+
+
+def test_names_may_end_with_a_slash(tmp_path):
+    for name in ("base", "out"):
+        (tmp_path / name).mkdir()
+    base = f"{tmp_path}/base/"
+    write_card(tmp_path / "base", make_run("stage1", "org/decoder"), base)
+    card = ModelCard.load(tmp_path / "base" / "README.md")
+    assert card.data.model_name == "base" and "# base\n" in card.text and f'("{tmp_path}/base"' in card.text
+    continue_card(base, None, tmp_path / "out", "runs/out/", "prune", "Pruned.")
+    continued = ModelCard.load(tmp_path / "out" / "README.md")
+    assert continued.data.model_name == "out"
+    usage, _, training = continued.text.partition("## Training")
+    assert "# out\n" in usage and '("runs/out"' in usage and "base" not in usage and "Pruned." in training
 
 
 def test_hub_names(tmp_path, monkeypatch):

@@ -180,9 +180,11 @@ def test_a_training_is_resumed_as_it_was_begun(tmp_path, checkpoint, init_args, 
 
 def test_script_folds(released, model, sentences, tmp_path):
     folder = tmp_path / "folded"
+    (released / "LICENSE").write_text("theirs")
     main(InitArguments(output_dir=str(folder), from_released=str(released), fold_latent_attention=True))
     folded = NVEmbedModel.from_pretrained(folder)
     assert folded.config.latent_attention_is_folded
+    assert (folder / "LICENSE").read_text() == "theirs"
     assert folded.config.prompts == task_prompts()
     torch.testing.assert_close(folded.encode(sentences), model.encode(sentences), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="--fold_latent_attention is for --from_released"):

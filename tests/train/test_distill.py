@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from nvembed import NVEmbedModel
-from nvembed.eval.models import load_model
+from nvembed.eval.models import LoadedModel, load_model
 from nvembed.eval.vectors import VectorShards
+from nvembed.train import distillation
 from nvembed.train.arguments import DistillArguments
 from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
@@ -24,6 +25,7 @@ from nvembed.train.distillation import (
     Distillation,
     add_projection,
     match_layers,
+    prepare_distillation,
     states_error,
 )
 from nvembed.train.gradient_cache import embed_and_observe
@@ -276,6 +278,14 @@ def test_teachers_without_a_common_measure_are_refused(student, teacher_dir, tmp
     student.config.text_config.hidden_size = 16
     with pytest.raises(ValueError, match="are 32 wide and the student's 16"):
         StatesTeacher(str(teacher_dir), None, student)
+
+
+def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_path, monkeypatch):
+    teacher = LoadedModel("t", "r", None, prompts={"default": ""})
+    monkeypatch.setattr(distillation, "load_model", lambda *given: teacher)
+    args = DistillArguments(str(tmp_path), teacher="t", use_cpu=True, kd_losses=["scores"], teacher_instruction="Find")
+    with pytest.raises(ValueError, match="teacher_instruction is 'Find', and t reads prompts of its own instead"):
+        prepare_distillation(args, student, 32)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,12 @@ def test_a_failed_save_leaves_nothing(tmp_path, model, monkeypatch):
 
 
 def test_output_dir_is_checked_before_work(tmp_path, model):
+    (tmp_path / "old").mkdir()
+    for name in ("loss_stage1.png", "training_data.json", "pruning.json"):
+        (tmp_path / "old" / name).write_text("of an earlier run")
+        with pytest.raises(FileExistsError, match=rf"already holds a checkpoint \({name}\)"):
+            check_output_dir(str(tmp_path / "old"))
+        (tmp_path / "old" / name).unlink()
     (tmp_path / "tokenizer.json").write_text("mine")
     with pytest.raises(FileExistsError, match="tokenizer.json"):
         check_output_dir(str(tmp_path))
@@ -340,7 +346,9 @@ def test_a_released_tokenizer_that_appends_its_end(golden_dir, tmp_path, is_fold
 
 def test_options_of_a_base_are_refused_for_a_released_checkpoint(tmp_path, golden_dir):
     released = str(golden_dir / "checkpoint")
-    with pytest.raises(ValueError, match="--is_mask_instruction is for --base"):
-        main(InitArguments(str(tmp_path / "out"), from_released=released, is_mask_instruction=False))
+    options = {"is_mask_instruction": False, "num_layers": 2, "dtype": "bfloat16", "pooling_type": "mean", "seed": 1}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"--{name} is for --base: a released NV-Embed keeps what it has"):
+            main(InitArguments(str(tmp_path / "out"), from_released=released, **{name: value}))
     with pytest.raises(ValueError, match="--tokenizer_adds_eos is for --from_released"):
         main(InitArguments(str(tmp_path / "out"), base="x", tokenizer_adds_eos=True))

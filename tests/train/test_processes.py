@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from nvembed import NVEmbedModel
+from nvembed.train.init_checkpoint import main as init
 
 
 pytestmark = pytest.mark.slow  # trainings in processes of their own
@@ -83,7 +84,6 @@ def many_pairs(tmp_path, sentences):
 def fsdp2_environment() -> dict[str, str]:
     """What `accelerate launch --config_file train/recipes/accelerate/fsdp2.yaml` sets; it starts no CPU processes."""
     settings = yaml.safe_load((ROOT / "train" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    settings["fsdp_transformer_cls_to_wrap"] = settings.pop("fsdp_transformer_layer_cls_to_wrap")
     return {"ACCELERATE_USE_FSDP": "true"} | {
         name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()
     }
@@ -135,6 +135,16 @@ def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
     a, b = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in "ab")
     torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
     assert len(re.findall("'loss'", resumed.stdout)) == 3
+
+
+def test_a_pooling_without_weights_is_sharded_by_the_decoders_layers(tmp_path, init_args, many_pairs):
+    init(init_args(tmp_path / "mean", pooling_type="mean"))
+    options = ["--ddp_backend=gloo", "--batch_size=8", "--report_to=none"]
+    done = run_stage(
+        TORCHRUN, "stage1.py", tmp_path / "mean", many_pairs, tmp_path / "out", *options, environment=FSDP2
+    )
+    assert done.returncode == 0, done.stderr
+    assert NVEmbedModel.from_pretrained(tmp_path / "out").config.pooling_type == "mean"
 
 
 def test_a_failing_process_ends_all_with_its_error(tmp_path, checkpoint, many_pairs):

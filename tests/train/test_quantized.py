@@ -62,6 +62,17 @@ def test_trains_and_merges(wide_checkpoint, tmp_path, sentences, bits):
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_a_centred_checkpoint_keeps_its_mean(wide_checkpoint, tmp_path, sentences):
+    model = NVEmbedModel.from_pretrained(wide_checkpoint)
+    model.config.latent_attention_config.subtract_mean = True
+    mean = torch.linspace(-1, 1, model.config.hidden_size)
+    model.latent_attention_model.mean_embedding = mean
+    model.save_pretrained(tmp_path / "centred")
+    make_trainer(tmp_path / "centred", tmp_path, sentences, dtype="float32", load_in_4bit=True).save_merged()
+    merged = NVEmbedModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged.latent_attention_model.mean_embedding, mean)
+
+
 def compute_in_fp32(model) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):

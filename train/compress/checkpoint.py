@@ -52,6 +52,6 @@ def write_compressed(
         if report:
             write_json(folder / report_file, report)
         copy_certificate(args.model_name_or_path, args.model_revision, folder)
-        continue_card(args.model_name_or_path, folder, args.output_dir, step, text)
+        continue_card(args.model_name_or_path, args.model_revision, folder, args.output_dir, step, text)
 
     write_checkpoint(model, args.output_dir, add_files)

@@ -111,6 +111,11 @@ def check(ladder: Ladder) -> None:
         if unknown := recipe_settings(ladder.recipe, step).keys() - known_options(SCRIPTS[step]):
             raise ValueError(f"{ladder.recipe}: {SCRIPTS[step]} has no option {min(unknown)!r}; see its --help")
     find_config(ladder.start, None)
+    if not Path(ladder.start).is_dir():
+        raise ValueError(
+            f"{ladder.start} is a name on the Hub, and what a rung takes on disk is measured of a folder: download it "
+            f"(hf download {ladder.start} --local-dir FOLDER) and name the folder"
+        )
     select_tasks(ladder.tasks)
 
 

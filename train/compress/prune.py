@@ -148,10 +148,10 @@ def drop_latent_attention(model: NVEmbedModel) -> None:
     """Pools by the mean from here on.
 
     Raises:
-        ValueError: it does already, or the embeddings' projection or mean would be lost.
+        ValueError: it has no latent attention, or the embeddings' projection or mean would be lost.
     """
-    if model.config.pooling_type == "mean":
-        raise ValueError("drop_latent_attention: the checkpoint pools by the mean already; leave it out")
+    if model.config.pooling_type != "latent_attention":
+        raise ValueError(f"drop_latent_attention: pooling_type is {model.config.pooling_type!r}; leave it out")
     if model.config.latent_attention_config.projection_dim is not None:
         raise ValueError("drop_latent_attention: the checkpoint projects its embeddings behind the latent attention")
     if model.config.latent_attention_config.subtract_mean:
@@ -187,7 +187,9 @@ def describe(args: PruneArguments, model: NVEmbedModel, report: list[dict]) -> s
         done.append(f"set {pruning['sparsity']:.0%} of the weights to zero, {pruning['pattern']}, by {args.method}")
     if args.drop_latent_attention:
         done.append("dropped the latent attention")
-    text = f"`train/compress/prune.py` of nvembed {'; '.join(done)}; {args.calibration_samples} triplets looked at."
+    if args.looks_at_data:
+        done.append(f"{args.calibration_samples} triplets looked at")
+    text = f"`train/compress/prune.py` of nvembed {'; '.join(done)}."
     if report:
         text += (
             f"\n\n{report_table(report)}\n\nErrors are relative, of each matrix's outputs on those triplets before "

@@ -69,7 +69,7 @@ def test_recipes_that_are_no_ladder_are_refused(recipe):
 
 
 @pytest.mark.slow
-def test_what_would_end_a_ladder_later_is_found_before_it_begins(recipe, tmp_path):
+def test_what_would_end_a_ladder_later_is_found_before_it_begins(recipe, tmp_path, monkeypatch):
     ladder.check(Ladder.read(str(recipe())))
     for changes, words in (
         ({"quantize": {"wieght_dtype": "int8"}}, "train/compress/quantize.py has no option 'wieght_dtype'"),
@@ -80,6 +80,9 @@ def test_what_would_end_a_ladder_later_is_found_before_it_begins(recipe, tmp_pat
         with pytest.raises(ValueError, match=words):
             ladder.check(Ladder.read(str(recipe(**changes))))
         recipe()
+    monkeypatch.setattr(ladder, "find_config", lambda *name: None)  # the Hub would have it
+    with pytest.raises(ValueError, match="owner/name is a name on the Hub, .* download it"):
+        ladder.check(Ladder.read(str(recipe(quantize={"model_name_or_path": "owner/name"}))))
     assert not (tmp_path / "int8").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from nvembed import NVEmbedConfig, NVEmbedModel
 from nvembed.train.compress.calibration import calibration_chunks, walk_layers
 from nvembed.train.compress.checkpoint import load_uncompressed
-from nvembed.train.compress.prune import PruneArguments, prune
+from nvembed.train.compress.prune import PruneArguments, describe, drop_latent_attention, prune
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.source import DatasetSource
 from tests.triplets import write_jsonl
@@ -136,6 +136,11 @@ def test_dropping_the_latents_pools_by_the_mean(asked, model):
     assert model.config.pooling_type == "mean" and not model.latent_attention_model.state_dict()
     with pytest.raises(ValueError, match="not a latent attention"):
         model.eval().fold_latent_attention()
+    assert "triplets looked at" not in describe(asked(method=None, drop_latent_attention=True), model, [])
+    for pooling in ("mean", "eos"):
+        model.config.pooling_type = pooling
+        with pytest.raises(ValueError, match=f"pooling_type is '{pooling}'; leave it out"):
+            drop_latent_attention(model)
 
 
 def test_the_script_writes_a_checkpoint_that_says_what_it_is(asked, checkpoint, data, tmp_path):
