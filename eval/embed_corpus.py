@@ -79,11 +79,8 @@ def describe(args: EmbedArguments) -> tuple[dict, MadeFrom]:
         ValueError: as `load_model`; there is an instruction, and the model takes none.
     """
     model = args.load(show_progress_bar=False)
-    if args.instruction and model.prompts is not None:
-        raise ValueError(
-            f"instruction is {args.instruction!r}, and {args.model} has prompts of its own: add --instruct to give it "
-            "instructions instead, or leave it out"
-        )
+    if args.instruction:
+        model.check_reads("instruction", args.instruction)
     settings = args.settings(model) | {name: getattr(args, name) for name in ("instruction", "vectors", "shard_rows")}
     prefix = model.document_prefix(args.instruction)
     made_from = MadeFrom(model.name, model.revision, prefix, model.max_length, texts="")

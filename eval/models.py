@@ -68,6 +68,14 @@ class LoadedModel:
             return self.prompts.get("document", self.prompts["default"])
         return format_instruction(instruction)
 
+    def check_reads(self, option: str, instruction: str) -> None:
+        """Raises a `ValueError` if the model would not read an instruction: it has prompts instead, or nothing."""
+        if self.prompts is not None:
+            raise ValueError(
+                f"{option} is {instruction!r}, which {self.name} would not read: a sentence-transformers model gets "
+                "its own prompts, if it has any; leave it out, or let the model read instructions (--instruct)"
+            )
+
 
 def free_gpu_memory() -> None:
     """Gives back what models that were let go held on GPUs; torch keeps it for this process otherwise."""

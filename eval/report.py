@@ -235,9 +235,10 @@ def spread_section(comparison: Comparison) -> str:
         if any(figure is not None for figure in figures):
             rows.append([task, *("-" if figure is None else f"{figure:g}" for figure in figures)])
     return (
-        "\n## Spread\n\nOf up to 1,000 texts of each task, of retrieval documents: the mean cosine of two of them "
-        "(near 0 where embeddings use all directions), and over how many dimensions they spread (the exponential of "
-        f"the entropy of their singular values).\n\n{markdown_table(rows, 1)}\n"
+        "\n## Spread\n\nOf up to 1,000 texts of each task, of retrieval documents (queries, if an earlier version "
+        "measured it): the mean cosine of two of them (near 0 where embeddings use all directions), and over how many "
+        "dimensions they spread (the exponential of the entropy of their singular "
+        f"values).\n\n{markdown_table(rows, 1)}\n"
     )
 
 

@@ -95,11 +95,8 @@ def run(args: AirBenchArguments) -> Path | None:
     options = {"languages": ["en"], "splits": args.splits}
     benchmark = AIRBench(VERSION, task_types=args.task_types, domains=args.domains, **options)
     model = args.load()
-    if args.instruction != NQ and model.prompts is not None:
-        raise ValueError(
-            f"instruction is {args.instruction!r}, and {args.model} has prompts of its own: add --instruct to give it "
-            "instructions instead, or leave it out"
-        )
+    if args.instruction not in (NQ, ""):
+        model.check_reads("instruction", args.instruction)
     with split_over_processes(model.embed_for_search) as embed:
         if embed is None:
             return None

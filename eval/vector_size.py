@@ -145,14 +145,12 @@ def run(args: VectorSizeArguments) -> list[dict]:
         corpus = read_corpus(args.calibration, args.calibration_split)
         texts = [text for _, text in islice(corpus, args.calibration_texts)]
         if len(texts) < 2:
-            raise ValueError(f"calibration {args.calibration} has {len(texts)} text; it needs two or more")
+            raise ValueError(f"calibration {args.calibration} holds {len(texts)} texts; two or more are needed")
     model = args.load()
     instructions = instructions_for(tasks) if model.prompts is None else {}
     embed = remembered(normalized(model.embed))
     chosen = variants(embed(["one text"], "").shape[1], args)
     options = {name: getattr(args, name) for name in ("calibration", "calibration_split", "calibration_texts")}
-    if texts is not None:
-        options["digest of calibration texts"] = digest_documents(("", text) for text in texts)
     folder = results.claim_folder(args.output_dir, args.settings(model) | {"mteb": mteb.__version__} | options, {})
     conditions = {
         t.metadata.name: results.conditions(t, instructions.get(t.metadata.name)) | {"revision": t.metadata.revision}
@@ -161,6 +159,10 @@ def run(args: VectorSizeArguments) -> list[dict]:
     calibration = None if texts is None else embed(texts, model.document_prefix())
     file = folder / "vector_size.json"
     done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"mean_cosine": None, "variants": {}}
+    if texts is not None:
+        digest = digest_documents(("", text) for text in texts)
+        if done.setdefault("calibration", digest) != digest:
+            raise ValueError(f"{file} is of other texts of {args.calibration}; name another --output_dir")
     if calibration is not None:
         done["mean_cosine"] = mean_cosine(torch.from_numpy(calibration))
     compared, entries = replace(model, similarity=ScoringFunction.COSINE), []  # codes have no length of their own
@@ -182,7 +184,7 @@ def run(args: VectorSizeArguments) -> list[dict]:
                 known[task.metadata.name] = 100 * results.main_score(task, measured[task.metadata.name])
         entry = {"dims": variant.dims, "precision": variant.precision, "is_centred": variant.is_centred}
         entry |= {"bytes": variant.bytes, "conditions": before.get("conditions", {}) | conditions, "scores": known}
-        done["variants"][str(variant)] = entry | {"average": statistics.mean(known.values())}
+        done["variants"][str(variant)] = entry
         write_json(file, done)
         scores = {name: known[name] for name in conditions}
         entries.append(entry | {"scores": scores, "average": statistics.mean(scores.values())})

@@ -103,9 +103,11 @@ def run(names: list[str], out: Path, environment: dict[str, str], deadline: floa
             try:
                 outcome = "done" if process.wait(limit) == 0 else f"exit code {process.returncode}"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep the GPU
-                process.wait()
                 outcome = f"stopped after {limit:.0f} s"
+            finally:
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would keep the GPU
+                    process.wait()
         results.append((name, outcome, time.monotonic() - start))
         lines = (out / f"{name}.log").read_text(errors="replace").splitlines()
         print(f"--- {name}: {outcome}, {results[-1][2]:.0f} s", *lines[-40:], sep="\n", flush=True)

@@ -153,14 +153,16 @@ def is_quantized(model: NVEmbedModel | PeftModel) -> bool:
     return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
 
 
-def merge_adapter(model: NVEmbedModel | PeftModel) -> NVEmbedModel:
-    """The model with LoRA merged into its weights, all in the dtype that it was loaded in; it loads without peft.
+def merge_adapter(model: NVEmbedModel | PeftModel, dtype: torch.dtype | None = None) -> NVEmbedModel:
+    """The model with LoRA merged into its weights, all in the decoder's dtype; it loads without peft.
 
     On a quantized base, LoRA was trained on the rounded weights, so it is added to the dequantized ones, not to the
     originals, and the sum is not quantized again.
+
+    Args:
+        dtype: of the result instead, as full fine-tuning holds all in fp32.
     """
-    # Full fine-tuning holds all in fp32.
-    dtype = decoder_dtype(model) if isinstance(model, PeftModel) else model.config.dtype or model.dtype
+    dtype = decoder_dtype(model) if dtype is None else dtype
     if is_quantized(model):
         model = with_weights(model, dequantized_weights(model))
     if isinstance(model, PeftModel):

@@ -148,11 +148,8 @@ def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_leng
         width = teacher.model.config.hidden_size
     else:
         model = load_model(args.teacher, args.teacher_revision, max_length)
-        if args.teacher_instruction is not None and model.prompts is not None:
-            raise ValueError(
-                f"teacher_instruction is {args.teacher_instruction!r}, and {args.teacher} reads prompts of its own "
-                "instead: leave it out"
-            )
+        if args.teacher_instruction is not None:
+            model.check_reads("teacher_instruction", args.teacher_instruction)
         teacher, layers = EmbeddingTeacher(model, args.teacher_instruction), []
         width = model.embed(["one text"], "").shape[1]
     if "embeddings" in args.kd_losses and width != student.config.hidden_size:

@@ -262,11 +262,10 @@ def main(args: InitArguments) -> None:
         raise ValueError("name one of --base, a decoder, and --from_released, a released NV-Embed")
     if args.fold_latent_attention and args.from_released is None:
         raise ValueError("--fold_latent_attention is for --from_released: an untrained checkpoint needs its latents")
-    if args.from_released is not None:
-        check_of_released(args)
     if args.tokenizer_adds_eos and args.from_released is None:
         raise ValueError("--tokenizer_adds_eos is for --from_released: what --base makes has such a tokenizer")
     if args.from_released is not None:
+        check_no_options_of_a_base(args)
         convert = fold_released if args.fold_latent_attention else convert_released
         convert(args.from_released, args.output_dir, args.tokenizer_adds_eos)
     else:
@@ -274,7 +273,7 @@ def main(args: InitArguments) -> None:
         write_checkpoint(init_model(args), args.output_dir, partial(describe, base=args.base))
 
 
-def check_of_released(args: InitArguments) -> None:
+def check_no_options_of_a_base(args: InitArguments) -> None:
     """Raises a `ValueError` if an option is set that is for a decoder: a released NV-Embed stays as it is."""
     of_released = ("output_dir", "base", "from_released", "fold_latent_attention", "tokenizer_adds_eos")
     for option in fields(args):

@@ -32,7 +32,7 @@ def fold_released(source: str, output_dir: str, tokenizer_adds_eos: bool = False
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
-        ValueError: as `NVEmbedModel.from_pretrained`.
+        ValueError: as `fetch` and `NVEmbedModel.from_pretrained`.
     """
     check_output_dir(output_dir)
     folder = fetch(source)

@@ -38,6 +38,7 @@ APPLIED = (
     "processes", "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "spread_out_weight", "alpha",
     "contrastive_weight", "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance",
 )  # fmt: skip
+UNRECORDED = ("teacher_instruction",)  # by earlier versions, which had it
 # Settings that may not change, and why.
 REFUSED = {
     "optim": "the checkpoint has the states of that optimizer",
@@ -198,8 +199,9 @@ def resume_record(checkpoint: str, now: RunRecord, steps: int, is_deepspeed: boo
     content = json.loads(file.read_text())
     periods = [(period["from_step"], period["settings"]) for period in content["periods"]]
     before = periods[-1][1]
-    # What an earlier nvembed had no option for was off.
-    changed = [name for name, value in settings.items() if value != before.get(name) and (value or name in before)]
+    # What an earlier nvembed had no option for was off; what it did not record is not known.
+    absent = [name for name in settings if name not in before and (not settings[name] or name in UNRECORDED)]
+    changed = [name for name, value in settings.items() if value != before.get(name) and name not in absent]
     for name in changed:
         reason = REFUSED.get(name)
         if name in (*OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS):

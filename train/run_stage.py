@@ -92,6 +92,7 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     if training_args.push_adapter:
         check_adapter_fits(model_args, model.config, width)
     base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
+    saved_dtype = None if model_args.use_peft else model.dtype  # which add_adapter changes
     adapted = add_adapter(model, model_args)
     if resume is not None:
         check_resume(resume, adapted)
@@ -120,6 +121,7 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         eval_max_length=data_args.max_length,
         record=record,
         distillation=distillation,
+        saved_dtype=saved_dtype,
         data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -168,7 +170,7 @@ def check_adapter_fits(model_args: ModelArguments, config: NVEmbedConfig, width:
     Args:
         width: of the base's embeddings.
     """
-    base, way_out = model_args.model_name_or_path, "leave it out, the merged checkpoint has all"
+    base, way_out = model_args.model_name_or_path, "leave push_adapter out; the merged checkpoint is complete"
     if config.is_sparse:
         raise ValueError(
             f"push_adapter: {base} is pruned, and others would load an adapter of it without its zeros: {way_out}"

@@ -71,6 +71,7 @@ class EmbeddingTrainer(Trainer):
         eval_max_length: int = 512,
         record: RunRecord | None = None,
         distillation: Distillation | None = None,
+        saved_dtype: torch.dtype | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs,
     ):
@@ -87,7 +88,7 @@ class EmbeddingTrainer(Trainer):
         self.add_callback(LogHistory())
         if not isinstance(self.model, PeftModel) and self.model.config.is_sparse:
             self.add_callback(KeepZeros(self.model.embedding_model))
-        self._record, self._distillation = record, distillation
+        self._record, self._distillation, self._saved_dtype = record, distillation, saved_dtype
         self._checkpoint_folder: str | None = None
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
@@ -262,7 +263,7 @@ class EmbeddingTrainer(Trainer):
                 write_adapter(model, folder)
                 add_card(folder, write_card and partial(write_card, is_adapter=True))
             card = write_card and partial(write_card, is_adapter=False)
-            merged = merge_adapter(model)
+            merged = merge_adapter(model, self._saved_dtype)
             check_pattern(merged.embedding_model, merged.config.pruning)
             write_checkpoint(merged, self.args.output_dir, card)
         self.accelerator.wait_for_everyone()

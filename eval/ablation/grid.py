@@ -232,6 +232,9 @@ class Grid:
             )
         if self.start is not None and "init" in steps:
             raise ValueError(f"{self.file}: start is {self.start}, and the steps begin with init: leave one out")
+        changes = [self.options, *(self.axes[axis][value] for axis, value in cell)]
+        if steps == ["init"] and len(self.seeds) > 1 and any("seed" in change.get("init", ()) for change in changes):
+            raise ValueError(f"{self.file}: init alone, of one seed, is the same for all seeds: leave its seed out")
         for axis, value in cell:
             if idle := self.axes[axis][value].keys() - {*RESERVED, *steps}:
                 raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")
@@ -340,7 +343,8 @@ def check_options(grid: Grid) -> None:
     """Asks every script of the grid which options it knows.
 
     Raises:
-        ValueError: it does not know one, of the grid or of a recipe; a recipe has nothing for a step, and for others.
+        ValueError: it does not know one, of the grid or of a recipe; a recipe has sections for other steps and none for
+            this one.
     """
     asked: dict[str, dict[str, Path]] = {}  # step -> option -> the file that sets it
     for source in (grid.options, *grid.changes()):

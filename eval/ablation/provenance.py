@@ -28,16 +28,17 @@ def data_of(file: Path, content: dict) -> dict[str, str]:
         if name is None and content.get("data_dir") and entry.get("set"):
             name = str(Path(content["data_dir"]).absolute() / entry["set"])  # what build_data.py wrote
         if name is not None and (path := file.parent / Path(name).expanduser()).exists():
-            digests[f"{file.name}: {name}"] = digest_path(path)
+            digests |= {f"{file.name}: {part}": digest for part, digest in digest_path(path, name).items()}
     return digests
 
 
-def digest_path(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files of a folder."""
+def digest_path(path: Path, name: str) -> dict[str, str]:
+    """SHA-256 of a file, or of all files of a folder and of the list of them, by their names."""
     if not path.is_dir():
-        return sha256(path)
-    contents = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        return {name: sha256(path)}
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    listed = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return {f"{name}/": listed} | {str(Path(name, file)): sha256(path / file) for file in files}
 
 
 def made_of(grid: Grid) -> dict:
@@ -55,7 +56,7 @@ def made_of(grid: Grid) -> dict:
     named = {value for step in steps for value in paths_of(step)} | ({grid.start} - {None})
     for value in sorted(named.union(*(models_of(grid, step) for step in steps))):
         if Path(value).exists():
-            known["files"][value] = digest_path(Path(value))
+            known["files"] |= digest_path(Path(value), value)
     return known
 
 

@@ -129,7 +129,7 @@ def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir,
     open_results(grid, tmp_path, False)
     with (tmp_path / file).open("a") as changed:
         changed.write(" \n")
-    name = file.split("/")[0]
+    name = "scored/" if file == "scored/new.jsonl" else file
     with pytest.raises(ValueError, match=f"has results of another .*{name}: name another output_dir"):
         open_results(grid, tmp_path, False)
 

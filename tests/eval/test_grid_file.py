@@ -54,6 +54,10 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
             {"start": "b", "steps": ["stage1"], "axes": {"p": {"x": {"steps": ["init"]}}}},
             "start is b, and the steps beg",
         ),
+        (
+            {"steps": ["init"], "seeds": [1, 2], "options": {"init": {"seed": 3}}},
+            "init alone, of one seed, is the same",
+        ),
         ({"steps": ["stage1", "init"]}, "the steps are stage1, init; init must be the first"),
         ({"seeds": [1, 1, 1]}, r"seeds is \[1, 1, 1\]; each must be another"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
@@ -134,6 +138,21 @@ def test_an_option_that_no_script_has_is_refused_before_anything_runs(write_grid
     options = {"stage1": {"temprature": 0.1}}
     with pytest.raises(ValueError, match="train/stage1.py has no option 'temprature'"):
         check_options(Grid.read(write_grid(options=options)))
+
+
+def test_a_recipe_that_a_step_cannot_take_is_refused_before_anything_runs(write_grid, tmp_path, monkeypatch):
+    """A step that the recipe has nothing for, or settings at its top that the step's script does not know."""
+    known = {"datasets", "num_negatives", "max_length", "batch_size", "max_steps", "use_cpu", "warmup_steps"}
+    known |= {"base", "num_latents", "num_cross_heads", "pooling_type"}
+    of = {"train/center.py": known - {"batch_size"}}
+    monkeypatch.setattr("nvembed.eval.ablation.grid.known_options", lambda script: of.get(script, known))
+    steps = ["init", "stage1", "center"]
+    with pytest.raises(ValueError, match="recipe.yaml has stage1, stage2 and no center: add `center:`"):
+        check_options(Grid.read(write_grid(steps=steps)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "center: {}\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml: train/center.py has no option 'batch_size'"):
+        check_options(Grid.read(write_grid(steps=steps)))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "eval/ablations").glob("*.yaml")), ids=lambda file: file.stem)

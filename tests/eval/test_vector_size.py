@@ -75,7 +75,7 @@ def test_every_variant_is_measured_and_kept(asked, tmp_path, capsys):
     assert run(asked())[0]["average"] != 12.5, "other data"
     with (tmp_path / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"text": "one more"}\n')
-    with pytest.raises(ValueError, match="digest of calibration texts"):
+    with pytest.raises(ValueError, match="vector_size.json is of other texts of"):
         run(asked())
 
 

@@ -96,7 +96,7 @@ def test_all_weights_are_trained_in_fp32_and_saved_in_the_dtype_asked_for(checkp
     for dtype in (torch.bfloat16, torch.float32):
         model = add_adapter(NVEmbedModel.from_pretrained(checkpoint, dtype=dtype), ModelArguments(use_peft=False))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert {parameter.dtype for parameter in merge_adapter(model).parameters()} == {dtype}
+        assert {parameter.dtype for parameter in merge_adapter(model, dtype).parameters()} == {dtype}
 
 
 def test_an_adapter_that_would_not_fit_its_base_is_not_pushed(model):

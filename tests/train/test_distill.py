@@ -284,7 +284,7 @@ def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_pat
     teacher = LoadedModel("t", "r", None, prompts={"default": ""})
     monkeypatch.setattr(distillation, "load_model", lambda *given: teacher)
     args = DistillArguments(str(tmp_path), teacher="t", use_cpu=True, kd_losses=["scores"], teacher_instruction="Find")
-    with pytest.raises(ValueError, match="teacher_instruction is 'Find', and t reads prompts of its own instead"):
+    with pytest.raises(ValueError, match="teacher_instruction is 'Find', which t would not read"):
         prepare_distillation(args, student, 32)
 
 

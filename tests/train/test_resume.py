@@ -265,7 +265,9 @@ def test_what_an_earlier_version_had_no_option_for_was_off(written):
     for name in ("batches_of_one_set", "spread_out_weight"):
         del content["periods"][0]["settings"][name]
     path.write_text(json.dumps(content))
-    assert len(resume(batches_of_one_set=False, spread_out_weight=0.0).periods) == 1
+    del content["periods"][0]["settings"]["teacher_instruction"]  # which it had, and did not record
+    path.write_text(json.dumps(content))
+    assert len(resume(batches_of_one_set=False, spread_out_weight=0.0, teacher_instruction="Find").periods) == 1
     assert resume(spread_out_weight=5.0).history("spread_out_weight")[-1] == (4, 5.0)
     with pytest.raises(ValueError, match="batches_of_one_set was None until checkpoint-4 and is True"):
         resume(batches_of_one_set=True)

@@ -125,6 +125,10 @@ def test_a_margin_with_nothing_to_compare_is_refused(tmp_path):
     plain = DatasetSource(write_jsonl(tmp_path / "plain.jsonl", rows), instruction="")
     with pytest.raises(ValueError, match="false_negative_margin leaves out in-batch negatives, which are off"):
         load_blend(DataArguments([plain], num_negatives=1), arguments)
+    half = [row | {"negative_scores": [0.1]} for row in rows]
+    half = DatasetSource(write_jsonl(tmp_path / "half.jsonl", half), instruction="")
+    with pytest.raises(ValueError, match="which no triplet has"):
+        load_blend(DataArguments([half], num_negatives=1), arguments)
     rows = [row | {"positive_score": 0.9, "negative_scores": [0.1]} for row in rows]
     scored = DatasetSource(write_jsonl(tmp_path / "scored.jsonl", rows), instruction="")
     assert len(load_blend(DataArguments([plain, scored], num_negatives=1), arguments)) == 8

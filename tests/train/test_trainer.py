@@ -38,6 +38,7 @@ def make_trainer(
         args=arguments(output_dir=str(output_dir), **(defaults | options)),
         train_dataset=prepare([DatasetSource(str(pairs_file))], num_negatives=2),
         eval_dataset=task,
+        saved_dtype=None if use_peft else dtype,
         data_collator=TripletCollator(model.tokenizer, model.config, max_length=64, num_negatives=2),
     )
 
@@ -200,11 +201,21 @@ def test_training_lowers_the_loss(tmp_path, checkpoint, pairs_file):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_all_weights_that_were_saved_on_the_way_are_merged_in_the_dtype_asked_for(tmp_path, checkpoint, pairs_file):
+    """transformers writes the dtype at hand, fp32, into the config of the model that it saves."""
+    options = {"use_peft": False, "dtype": torch.bfloat16, "bf16": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", **options)
+    trainer.train()
+    trainer.save_merged()
+    assert NVEmbedModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
 def test_full_fine_tuning_needs_no_peft(tmp_path, checkpoint, pairs_file):
     trainer = make_trainer(checkpoint, pairs_file, tmp_path / "out", use_peft=False)
     trainer.train()
     trainer.save_merged()
     base, tuned = NVEmbedModel.from_pretrained(checkpoint), NVEmbedModel.from_pretrained(tmp_path / "out")
+    assert tuned.dtype == torch.float32
     names = [n for n, p in base.named_parameters() if not torch.equal(p, tuned.get_parameter(n))]
     assert "embedding_model.layers.0.mlp.up_proj.weight" in names
 

@@ -5,8 +5,8 @@
 Writes a folder for each set with `train` (what is left) and `dev`: JSONL, or a BEIR folder's judgements with its corpus
 and queries. A row's side follows from its text alone (of a pair, the first; but for case and punctuation): equal texts
 are on one side, and other rows in a file, or another order, change nothing. The second texts of pairs can be on both. A
-BEIR folder is split by documents: all queries of a document are on one side, and so are all documents of a query; equal
-queries of different documents can be on both.
+BEIR folder's query is on the side of its document, of several the most relevant: all queries of one document are on one
+side; the other documents of a query, and equal queries of different documents, can be on both.
 """
 
 import argparse
@@ -63,11 +63,10 @@ def hold_out(folder: Path, target: Path, share: float) -> dict[str, int]:
 
 def _hold_out_beir(folder: Path, target: Path, share: float) -> dict[str, int]:
     data = read_beir(str(folder), "train")
-    first = firsts_of_groups(data.qrels.values())
     sides: dict[str, list[tuple[str, str, int]]] = {"train": [], "dev": []}
     for query, judgements in data.qrels.items():
-        text = data.corpus[first[next(iter(judgements))]]
-        side = sides["dev" if is_held_out(text, share) else "train"]
+        best = max(judgements, key=judgements.get)  # its others may be on both sides
+        side = sides["dev" if is_held_out(data.corpus[best], share) else "train"]
         side += [(query, document, grade) for document, grade in judgements.items()]
     check_sides(folder, sides, share)
     with whole(target) as partial:
@@ -78,27 +77,6 @@ def _hold_out_beir(folder: Path, target: Path, share: float) -> dict[str, int]:
             lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in rows)]
             (partial / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {split: len(rows) for split, rows in sides.items()}
-
-
-def firsts_of_groups(queries: Iterable[Iterable[str]]) -> dict[str, str]:
-    """Of each document the first, by its id, of those that queries tie it to, itself among them.
-
-    Args:
-        queries: the documents of each.
-    """
-    parent: dict[str, str] = {}
-
-    def find(document: str) -> str:
-        while (above := parent.setdefault(document, document)) != document:
-            parent[document] = document = parent[above]
-        return document
-
-    for first, *others in map(sorted, queries):
-        find(first)
-        for other in others:
-            low, high = sorted((find(first), find(other)))
-            parent[high] = low
-    return {document: find(document) for document in list(parent)}
 
 
 def check_sides(folder: Path, sides: dict[str, Iterable], share: float) -> None:

@@ -91,4 +91,5 @@ def _kind_of_layout(source: DatasetSource) -> str:
         f"{source.path}: unknown dataset layout with columns {sorted(found)}; expected query (or anchor), positive "
         "(and negatives), or sentence1, sentence2, score, or text, label, or a BEIR folder with corpus.jsonl; in a "
         "recipe, `columns:` names yours, such as `kind: triplets, columns: {query: question, positive: answer}`"
+        + (f"; a copy of the set {source.set} in its own layout needs its `kind:`" if source.set is not None else "")
     )

@@ -273,8 +273,11 @@ def check_have_classes(tables: Sequence[Dataset]) -> None:
 
 
 def check_have_scores(tables: Sequence[Dataset]) -> None:
-    """Raises a `ValueError` if no hard negative of any table has a teacher's score."""
-    if not any(table.data.column("negative_scores").null_count < len(table) for table in tables):
+    """Raises a `ValueError` if no triplet of any table has a teacher's scores of its positive and its negatives."""
+    columns = [
+        [table.data.column(name).is_valid() for name in ("positive_score", "negative_scores")] for table in tables
+    ]
+    if not any(pc.any(pc.and_(*pair)).as_py() for pair in columns):
         raise ValueError(
             "false_negative_margin leaves out in-batch negatives, which are off, and hard negatives by their teacher's "
             "scores, which no triplet has: leave it out, or mine the negatives with a teacher"

@@ -45,23 +45,6 @@ def test_a_documents_queries_are_on_one_side(tmp_path):
     assert dev.corpus == train.corpus and len(dev.corpus) == 60
 
 
-def test_documents_of_one_query_are_on_one_side(tmp_path):
-    """Three documents hang together by two queries; the side is that of the first's text."""
-    folder = tmp_path / "beir"
-    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i:03}", "text": f"document {i}"} for i in range(240)])
-    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": f"query {i}"} for i in range(160)])
-    (folder / "qrels").mkdir()
-    pairs = [(f"q{2 * i + j}", f"d{3 * i + j + k:03}") for i in range(80) for j in (1, 0) for k in (1, 0)]
-    lines = ["query-id\tcorpus-id\tscore", *(f"{query}\t{document}\t1" for query, document in pairs)]
-    (folder / "qrels" / "train.tsv").write_text("\n".join(lines))
-    hold_out(folder, tmp_path / "out", 0.3)
-    train, dev = (read_beir(str(tmp_path / "out"), split) for split in ("train", "dev"))
-    documents = [{document for judged in side.qrels.values() for document in judged} for side in (train, dev)]
-    assert not documents[0] & documents[1] and len(documents[0] | documents[1]) == 240
-    firsts = {f"d{3 * i:03}" for i in range(80)}
-    assert documents[1] & firsts == {name for name in firsts if is_held_out(dev.corpus[name], 0.3)}
-
-
 def test_what_cannot_be_cut_is_named(tmp_path):
     write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": "one", "label": "a"}])
     with pytest.raises(ValueError, match="share 0.5 leaves nothing for one of the splits"):
