@@ -68,12 +68,14 @@ class LoadedModel:
             return self.prompts.get("document", self.prompts["default"])
         return format_instruction(instruction)
 
-    def check_reads(self, option: str, instruction: str) -> None:
+    def check_reads(
+        self, option: str, instruction: str, way_out: str = "add --instruct, so that it does, or leave it out"
+    ) -> None:
         """Raises a `ValueError` if the model would not read an instruction: it has prompts instead, or nothing."""
         if self.prompts is not None:
             raise ValueError(
                 f"{option} is {instruction!r}, which {self.name} would not read: a sentence-transformers model gets "
-                "its own prompts, if it has any; leave it out, or let the model read instructions (--instruct)"
+                f"its own prompts, if it has any; {way_out}"
             )
 
 

@@ -107,7 +107,8 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """
     Raises:
-        ValueError: two runs have one name, or one that of a model of the paper's beside it, or two types for one task.
+        ValueError: two runs have one name, or two types for one task; a run is called as one of the paper's models
+            that are shown beside it.
     """
     types: dict[str, str] = {}
     for run in runs:

@@ -149,7 +149,7 @@ def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_leng
     else:
         model = load_model(args.teacher, args.teacher_revision, max_length)
         if args.teacher_instruction is not None:
-            model.check_reads("teacher_instruction", args.teacher_instruction)
+            model.check_reads("teacher_instruction", args.teacher_instruction, "leave it out")
         teacher, layers = EmbeddingTeacher(model, args.teacher_instruction), []
         width = model.embed(["one text"], "").shape[1]
     if "embeddings" in args.kd_losses and width != student.config.hidden_size:

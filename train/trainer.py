@@ -55,6 +55,7 @@ class EmbeddingTrainer(Trainer):
         eval_max_length: tokens of a text of these tasks, its instruction included.
         record: the run's settings, written into its checkpoints; None: nothing is written.
         distillation: what the student is compared with; None: the loss is the contrastive one alone.
+        saved_dtype: of the merged checkpoint; None: the decoder's, as it is trained.
 
     Raises:
         ValueError: there are fewer triplets than one batch of all processes holds; an evaluation set is given without

@@ -20,16 +20,16 @@ PATHS = ("base", "data_dir", "datasets", "eval_tasks", "teacher")  # options tha
 LIBRARIES = ("torch", "transformers", "peft", "mteb")  # whose versions move a score
 
 
-def data_of(file: Path, content: dict) -> dict[str, str]:
-    """Digests of the local data that a recipe's settings, or a tasks file, name: by file and path."""
-    digests = {}
+def data_of(file: Path, content: dict) -> dict[tuple[str, str], Path]:
+    """The local data that a recipe's settings, or a tasks file, name: by file and name."""
+    paths = {}
     for entry in (entry for key in ("datasets", "tasks") for entry in as_list(content.get(key))):
         name = entry if isinstance(entry, str) else entry.get("path")
         if name is None and content.get("data_dir") and entry.get("set"):
             name = str(Path(content["data_dir"]).absolute() / entry["set"])  # what build_data.py wrote
         if name is not None and (path := file.parent / Path(name).expanduser()).exists():
-            digests |= {f"{file.name}: {part}": digest for part, digest in digest_path(path, name).items()}
-    return digests
+            paths[f"{file.name}: ", name] = path
+    return paths
 
 
 def digest_path(path: Path, name: str) -> dict[str, str]:
@@ -49,14 +49,16 @@ def made_of(grid: Grid) -> dict:
     steps = {step.key: step for run in grid.runs() for step in run.last.chain}.values()
     known = {"tasks": [Path(task).name for task in grid.tasks], "max_length": grid.max_length, "dtype": grid.dtype}
     known |= {"start": grid.start, "libraries": {name: version(name) for name in LIBRARIES}, "files": {}}
+    paths: dict[tuple[str, str], Path] = {}  # both stages may name a set, which is read once
     for file, name in sorted({(step.recipe, step.name) for step in steps if step.recipe is not None}):
-        known["files"] |= data_of(file, recipe_settings(file, name))
+        paths |= data_of(file, recipe_settings(file, name))
     for file in sorted(file for file in map(Path, grid.tasks) if file.is_file()):
-        known["files"] |= {file.name: sha256(file)} | data_of(file, yaml.safe_load(file.read_text(encoding="utf-8")))
+        paths |= {("", file.name): file} | data_of(file, yaml.safe_load(file.read_text(encoding="utf-8")))
     named = {value for step in steps for value in paths_of(step)} | ({grid.start} - {None})
-    for value in sorted(named.union(*(models_of(grid, step) for step in steps))):
-        if Path(value).exists():
-            known["files"] |= digest_path(Path(value), value)
+    named = named.union(*(models_of(grid, step) for step in steps))
+    paths |= {("", value): Path(value) for value in sorted(named) if Path(value).exists()}
+    for (prefix, name), path in paths.items():
+        known["files"] |= {prefix + part: digest for part, digest in digest_path(path, name).items()}
     return known
 
 

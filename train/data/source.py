@@ -342,4 +342,5 @@ def merge_known_positives(rows: list[dict]) -> list[dict]:
     for query, row in zip(queries, rows):
         known = [row["positive"], *row.get("known_positives", ())]
         positives.setdefault(query, {}).update(dict.fromkeys(known))
-    return [row | {"known_positives": list(positives[query])} for query, row in zip(queries, rows)]
+    listed = {query: list(known) for query, known in positives.items()}  # once for all rows of a query
+    return [row | {"known_positives": listed[query]} for query, row in zip(queries, rows)]
