@@ -794,7 +794,7 @@ class NVEmbedModel(PreTrainedModel):
 
         Raises:
             ValueError: the checkpoint is another kind of model, has no tokenizer, or has missing or unknown tensors; or
-                it is an adapter and peft is not installed.
+                it is an adapter and peft is not installed, or an adapter beside a whole model.
         """
         source = str(pretrained_model_name_or_path)
         if kwargs.get("subfolder") and Path(source).is_dir():
@@ -804,6 +804,8 @@ class NVEmbedModel(PreTrainedModel):
         adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter = adapter_options.pop("_adapter_model_path", None)  # AutoModel has already found the base
         base_options = hub_options
+        if adapter is not None:
+            find_base_of_adapter(str(adapter), **(hub_options | adapter_options))  # refuses a whole model beside it
         if (base := find_base_of_adapter(source, **hub_options)) is not None:
             if not is_peft_available():
                 raise ValueError(f"{source} is an adapter of {base}; loading it needs peft: pip install peft")
@@ -953,15 +955,21 @@ def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
     """The base that an adapter's folder or repository names; None if it holds a whole model, or neither.
 
     Raises:
-        ValueError: `adapter_config.json` is damaged or names no base.
+        ValueError: it holds both, or `adapter_config.json` is damaged or names no base.
     """
     try:
         file = find_adapter_config_file(name_or_path, **hub_options)
     except OSError:  # no such repository: loading its config gives the better error
         return None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if file is None or cached_file(name_or_path, "config.json", **quiet, **hub_options) is not None:
+    if file is None:
         return None
+    if cached_file(name_or_path, "config.json", **quiet, **hub_options) is not None:
+        # The adapter may be merged into the model already, and what transformers loads differs by folder and Hub.
+        raise ValueError(
+            f"{name_or_path} holds a whole model (config.json) beside an adapter (adapter_config.json), and which is "
+            "meant is not known; keep the files of one of them there"
+        )
     try:
         base = json.loads(Path(file).read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:

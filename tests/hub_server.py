@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    files.pop(line["value"]["path"])
             url = f"{self.server.endpoint}/{name}/commit/{digest(files)}"
             return self.send(200, {"success": True, "commitOid": digest(files), "commitUrl": url})
         if rest.startswith("/tree/"):

@@ -14,6 +14,8 @@ from nvembed.train.guard import BAD_BATCH
 
 # Subfolders, the log, and the texts of a batch that stopped a run.
 PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*")]
+CONFIG_FILES = {"model": "config.json", "adapter": "adapter_config.json"}
+WEIGHTS = {"model": ["model*.safetensors", "model.safetensors.index.json"], "adapter": ["adapter_model*"]}
 
 
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:
@@ -26,7 +28,8 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> dic
     Raises:
         ConnectionError: the Hub does not respond.
         PermissionError: the token may not write to the repository.
-        ValueError: there is no token, the Hub rejects it, or there is no adapter to push.
+        ValueError: there is no token, the Hub rejects it, there is no adapter to push, or an adapter would come to lie
+            beside a whole model.
     """
     if training_args.push_adapter and not model_args.use_peft:
         raise ValueError("--push_adapter has no adapter to push: --use_peft is false; push the model: --push_to_hub")
@@ -51,7 +54,7 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> dic
         repositories["model"] = name
     if training_args.push_adapter:
         repositories["adapter"] = f"{name}-adapter" if repositories else name
-    for repo_id in repositories.values():
+    for kind, repo_id in repositories.items():
         try:
             api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True)
             api.auth_check(repo_id, write=True)
@@ -60,6 +63,12 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> dic
                 f"the token of {user} may not write to {repo_id}: {error}; use a token with write access, or name a "
                 "repository of your own with --hub_model_id"
             ) from error
+        other = {"model": "adapter", "adapter": "model"}[kind]
+        if CONFIG_FILES[other] in api.list_repo_files(repo_id):
+            raise ValueError(
+                f"{repo_id} holds {CONFIG_FILES[other]}, and beside it, nobody could tell whether the {kind} or the "
+                f"{other} is to be loaded; name another repository with --hub_model_id, or delete that file there"
+            )
     return repositories
 
 
@@ -70,11 +79,13 @@ def push(repositories: dict[str, str], training_args: StageArguments) -> list[st
         ConnectionError: as `push_folder`.
     """
     folders = {"model": Path(training_args.output_dir), "adapter": Path(training_args.output_dir, ADAPTER)}
-    return [push_folder(folders[kind], repo_id, training_args) for kind, repo_id in repositories.items()]
+    return [push_folder(folders[kind], repo_id, kind, training_args) for kind, repo_id in repositories.items()]
 
 
-def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> str:
+def push_folder(folder: Path, repo_id: str, kind: str, training_args: StageArguments) -> str:
     """Uploads the files of a folder, without its subfolders, in one commit, and returns the repository's address.
+
+    Weights of an earlier push go in the same commit: sharded otherwise, they could be loaded in place of the new ones.
 
     Raises:
         ConnectionError: the upload failed; the folder is unchanged.
@@ -82,7 +93,11 @@ def push_folder(folder: Path, repo_id: str, training_args: StageArguments) -> st
     api = HfApi(token=training_args.hub_token)
     try:
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, ignore_patterns=PRIVATE, commit_message=f"{training_args.stage} done"
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=PRIVATE,
+            delete_patterns=WEIGHTS[kind],
+            commit_message=f"{training_args.stage} done",
         )
     except (httpx.HTTPError, OSError, ValueError) as error:
         excluded = " ".join(f'"{pattern}"' for pattern in PRIVATE)

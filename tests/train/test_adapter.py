@@ -1,6 +1,7 @@
 """Lists of modules are checked against the model, and adapter folders open as checkpoints do."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_an_adapter_on_a_decoder_in_bf16(checkpoint, sentences, tmp_path):
         expected = model.eval().encode(sentences)
     opened = NVEmbedModel.from_pretrained(tmp_path / "adapter", dtype="auto")
     assert torch.cosine_similarity(opened.encode(sentences), expected).min() > 0.99
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(trained, checkpoint, tmp_path):
+    """transformers puts the one on the other, without the modules trained in full, though it may be merged already."""
+    from sentence_transformers import SentenceTransformer
+
+    folder, _ = trained
+    both = shutil.copytree(checkpoint, tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, both)
+    for load in (NVEmbedModel.from_pretrained, AutoModel.from_pretrained, SentenceTransformer, load_model):
+        options = {"trust_remote_code": True} if load in (AutoModel.from_pretrained, SentenceTransformer) else {}
+        with pytest.raises(ValueError, match=r"both holds a whole model \(config.json\) beside an adapter"):
+            load(str(both), **options)
 
 
 def test_an_adapter_is_measured_with_its_base(trained, checkpoint, sentences):

@@ -156,6 +156,23 @@ def test_two_processes_push_to_the_users_own(hub, tmp_path, checkpoint, data):
     assert (tmp_path / "tiny-embed" / "config.json").is_file(), "the merged model stays here"
 
 
+def test_a_push_leaves_one_model_in_its_repository(hub, tmp_path, checkpoint, data):
+    mine, stale = hub.repositories, {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    mine["ann/model"] = dict.fromkeys({"config.json", "NOTES.md", "2_Dense/model.safetensors"} | stale, b"{}")
+    mine["ann/adapter"] = {"adapter_config.json": b"{}"}
+    for option, name, held in (
+        ("--push_to_hub", "ann/adapter", "adapter_config.json"),
+        ("--push_adapter", "ann/model", "config.json"),
+    ):
+        done = train(hub, tmp_path, checkpoint, data, option, f"--hub_model_id={name}")
+        assert f"ValueError: {name} holds {held}, and beside it" in done.stderr
+        assert not (tmp_path / "tiny-embed").exists(), "nothing was begun"
+    done = train(hub, tmp_path, checkpoint, data, "--push_to_hub", "--hub_model_id=ann/model")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert mine["ann/model"].keys() >= {"model.safetensors", "NOTES.md", "2_Dense/model.safetensors"}
+    assert not mine["ann/model"].keys() & stale
+
+
 def test_no_token_and_no_right_are_found_before_training(hub, tmp_path, checkpoint, data):
     done = train(hub, tmp_path, checkpoint, data, "--push_to_hub", token=None)
     assert "ValueError: pushing needs a Hub token: run `hf auth login`" in done.stderr

@@ -225,6 +225,19 @@ def test_rate_limits_and_server_errors_are_waited_for(endpoint, tmp_path):
     assert report["counts"]["answers asked for"] == 9, "a refused request is no answer"
 
 
+def test_requests_keep_to_the_rate_asked_for(endpoint, tmp_path):
+    times = []
+
+    def respond(prompt, number):
+        times.append(time.monotonic())
+        return good(prompt, number)
+
+    endpoint.respond = respond
+    run(endpoint, tmp_path / "out", requests_per_minute=600)
+    assert len(times) > 5
+    assert min(times[5:]) - times[0] > 0.4, "a machine may be slower than the rate, and never faster"
+
+
 def test_slow_answers_time_out(endpoint, tmp_path):
     endpoint.respond = lambda prompt, number: (*good(prompt, number)[:2], 1.0 if "JSON object" in prompt else 0)
     report = run(endpoint, tmp_path / "out", tasks=3, timeout=0.2, retries=0, settings={"attempts": 1})
