@@ -139,6 +139,12 @@ class Grid:
         for cell in self.cells():
             self._check_cell(cell)
         run = {step for cell in self.cells() for step in self._steps(cell)}
+        for axis, values in self.axes.items():
+            for value, change in values.items():
+                # Another axis may leave a step out: what sets its options is idle only where no cell has the step.
+                steps = {step for cell in self.cells() if (axis, value) in cell for step in self._steps(cell)}
+                if idle := change.keys() - {*RESERVED, *steps}:
+                    raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")
         if idle := self.options.keys() - run - self.inherited:
             raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
         if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
@@ -221,7 +227,7 @@ class Grid:
                         raise ValueError(f"{self.file}: {where}: {key}: {name} is {value!r}, which no command line has")
 
     def _check_cell(self, cell: tuple[tuple[str, str], ...]) -> None:
-        """That its steps exist, and that all its options are of steps that it runs."""
+        """That its steps exist."""
         steps = self._steps(cell)
         if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in STEPS]):
             wrong = unknown[0] if isinstance(steps, list) and steps else steps
@@ -235,9 +241,6 @@ class Grid:
         changes = [self.options, *(self.axes[axis][value] for axis, value in cell)]
         if steps == ["init"] and len(self.seeds) > 1 and any("seed" in change.get("init", ()) for change in changes):
             raise ValueError(f"{self.file}: init alone, of one seed, is the same for all seeds: leave its seed out")
-        for axis, value in cell:
-            if idle := self.axes[axis][value].keys() - {*RESERVED, *steps}:
-                raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")
 
     def _steps(self, cell: tuple[tuple[str, str], ...]) -> list[str]:
         changes = (self.axes[axis][value] for axis, value in cell)

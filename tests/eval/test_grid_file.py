@@ -29,6 +29,16 @@ def test_steps_and_recipes_can_be_an_axis(write_grid, tmp_path):
     assert changed.last.recipe == other
 
 
+def test_what_an_axis_sets_of_a_step_holds_where_another_leaves_that_step_in(write_grid):
+    stages = {"two": {}, "one": {"steps": ["init", "stage2"]}}
+    axes = {"stages": stages, "heat": {"low": {}, "high": {"stage1": {"temperature": 1}, "stage2": {"temperature": 1}}}}
+    grid = Grid.read(write_grid(axes=axes, steps=["init", "stage1", "stage2"]))
+    arguments = {run.cell: [step.options for step in run.last.chain[1:]] for run in grid.runs()}
+    high = arguments[("stages", "two"), ("heat", "high")]
+    assert len(high) == 2 and all("--temperature" in step for step in high)
+    assert len(arguments[("stages", "one"), ("heat", "high")]) == 1
+
+
 LEFT_OUT = {"sets": {"all": {}, "a": {"stage1": {"leave_out": ["a"]}}}}
 CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}}
 
