@@ -967,8 +967,8 @@ def find_base_of_adapter(name_or_path: str, **hub_options) -> str | None:
     if cached_file(name_or_path, "config.json", **quiet, **hub_options) is not None:
         # The adapter may be merged into the model already, and what transformers loads differs by folder and Hub.
         raise ValueError(
-            f"{name_or_path} holds a whole model (config.json) beside an adapter (adapter_config.json), and which is "
-            "meant is not known; keep the files of one of them there"
+            f"{name_or_path} holds a whole model (config.json) beside an adapter (adapter_config.json), so it is "
+            "ambiguous which to load; keep only one of the two there"
         )
     try:
         base = json.loads(Path(file).read_text())["base_model_name_or_path"]

@@ -323,7 +323,7 @@ def check_negatives(data_args: DataArguments, training_args: StageArguments) -> 
     if not training_args.in_batch_negatives:
         raise ValueError(
             "num_negatives is 0 and in_batch_negatives is off (as in stage 2), so no row has a negative and nothing "
-            "would be learned; set num_negatives to 1 or more"
+            "would be learned; set num_negatives to 1 or more, or in_batch_negatives to sets"
         )
     if training_args.batch_rows < 2:
         raise ValueError(

@@ -121,10 +121,16 @@ def describe_settings(settings: Mapping[str, object], record: RunRecord) -> dict
     changed = [name for name in recorded if len(record.history(name)) > 1 and name not in SETTINGS]
     for name in (*SETTINGS, *changed):
         (_, first), *later = record.history(name) if name in recorded else [(0, settings.get(name))]
-        if any(value not in (None, False, NOT_RECORDED) for value in (first, *(value for _, value in later))):
+        if any(is_shown(name, value) for value in (first, *(value for _, value in later))):
             texts = [_as_text(first), *(f"from step {step}: {_as_text(value)}" for step, value in later)]
             described[name] = "; ".join(texts)
     return described
+
+
+def is_shown(name: str, value: object) -> bool:
+    """Whether a setting says something: 0 does, and so does what is off where most have it on."""
+    is_off = value is False and name not in ("use_peft", "in_batch_negatives")
+    return not (value is None or is_off or value == NOT_RECORDED)
 
 
 def _as_text(value: object) -> str:
@@ -346,7 +352,7 @@ def spread_text(history: Sequence[dict]) -> str:
     first, last = logs[0], logs[-1]
     return (
         f"Mean cosine of a batch's unrelated queries: {first['mean_cosine']:.2f} at step {first['step']}, "
-        f"{last['mean_cosine']:.2f} at step {last['step']}; effective rank of a batch's embeddings "
+        f"{last['mean_cosine']:.2f} at step {last['step']}; effective rank of texts of the steps before "
         f"{first['effective_rank']:.0f}, then {last['effective_rank']:.0f}."
     )
 

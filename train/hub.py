@@ -15,7 +15,10 @@ from nvembed.train.guard import BAD_BATCH
 # Subfolders, the log, and the texts of a batch that stopped a run.
 PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*")]
 CONFIG_FILES = {"model": "config.json", "adapter": "adapter_config.json"}
-WEIGHTS = {"model": ["model*.safetensors", "model.safetensors.index.json"], "adapter": ["adapter_model*"]}
+WEIGHTS = {  # as patterns, whose * would reach into folders
+    "model": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],
+    "adapter": ["adapter_model.safetensors", "adapter_model.bin"],
+}
 
 
 def check_push(training_args: StageArguments, model_args: ModelArguments) -> dict[str, str]:
@@ -58,16 +61,17 @@ def check_push(training_args: StageArguments, model_args: ModelArguments) -> dic
         try:
             api.create_repo(repo_id, private=training_args.hub_private_repo, exist_ok=True)
             api.auth_check(repo_id, write=True)
+            files = api.list_repo_files(repo_id)
         except HfHubHTTPError as error:
             raise PermissionError(
                 f"the token of {user} may not write to {repo_id}: {error}; use a token with write access, or name a "
                 "repository of your own with --hub_model_id"
             ) from error
-        other = {"model": "adapter", "adapter": "model"}[kind]
-        if CONFIG_FILES[other] in api.list_repo_files(repo_id):
+        other, named = {"model": ("adapter", "an adapter"), "adapter": ("model", "a whole model")}[kind]
+        if CONFIG_FILES[other] in files:
             raise ValueError(
-                f"{repo_id} holds {CONFIG_FILES[other]}, and beside it, nobody could tell whether the {kind} or the "
-                f"{other} is to be loaded; name another repository with --hub_model_id, or delete that file there"
+                f"{repo_id} already holds {named} ({CONFIG_FILES[other]}); a repository cannot hold both, because "
+                "loaders could not tell which is meant: name another with --hub_model_id, or delete that file there"
             )
     return repositories
 
@@ -101,8 +105,9 @@ def push_folder(folder: Path, repo_id: str, kind: str, training_args: StageArgum
         )
     except (httpx.HTTPError, OSError, ValueError) as error:
         excluded = " ".join(f'"{pattern}"' for pattern in PRIVATE)
+        replaced = " ".join(f'--delete "{pattern}"' for pattern in WEIGHTS[kind])
         raise ConnectionError(
             f"{folder} is whole but was not pushed: {error}. Push it: "
-            f"`hf upload {repo_id} {folder} --exclude {excluded}`"
+            f"`hf upload {repo_id} {folder} --exclude {excluded} {replaced}`"
         ) from error
     return f"{api.endpoint}/{repo_id}"

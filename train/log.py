@@ -1,16 +1,20 @@
 """Figures for the training log beside the loss: loss by data set, similarities, spread and speed."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
 
 from nvembed.eval.spread import effective_rank
 from nvembed.train.losses import Contrast, Spread
 
+
+logger = get_logger(__name__)
 
 # Dense bf16 FLOP/s of one device by the start of its name, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -29,7 +33,12 @@ RANKED_TEXTS = 512  # the singular values of more would take as long as a small 
 
 
 class LogWindow:
-    """Collects figures of the batches between two logs, over all processes."""
+    """Collects figures of the batches between two logs, over all processes.
+
+    Args:
+        needs_negatives: whether a window without any is an error...
+        is_of_one_set: ... or, where each batch is of one data set, bad luck: all its rows may be of one class.
+    """
 
     def __init__(
         self,
@@ -37,8 +46,10 @@ class LogWindow:
         device: torch.device,
         count_false_negatives: bool = False,
         needs_negatives: bool = True,
+        is_of_one_set: bool = False,
     ):
         self.count_false_negatives, self.needs_negatives = count_false_negatives, needs_negatives
+        self.is_of_one_set = is_of_one_set
         self.flops = flops_per_token(model)
         self.peak = peak_flops(device)
         self._clear()
@@ -46,7 +57,7 @@ class LogWindow:
     def _clear(self) -> None:
         self.start, self.tokens, self.rows, self.datasets = time.perf_counter(), 0, [], []
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.last: torch.Tensor | None = None
+        self.sample: torch.Tensor | None = None
 
     def add(
         self,
@@ -59,7 +70,7 @@ class LogWindow:
         """Adds a batch; its figures stay on the device until the log.
 
         Args:
-            embeddings: of its texts, `[texts, hidden]`; those of the last batch are kept.
+            embeddings: of its texts, `[texts, hidden]`; some are kept.
             parts: a distillation's, by name.
         """
         self.tokens += sum(sum(chunk["lengths"]) for chunk in batch["chunks"])
@@ -67,11 +78,23 @@ class LogWindow:
         figures = (rows.losses, rows.positive, rows.hardest_negative, left_out)
         self.rows.append(torch.stack([figure.detach().float() for figure in figures]))
         self.datasets += batch["datasets"]
-        self.last = embeddings.detach()
+        self._sample(embeddings.detach())
         figures = {f"kd/{name}": part for name, part in (parts or {}).items()}
         figures |= {"spread_out": spread.penalty, "mean_cosine": spread.mean_cosine}
         for name, figure in figures.items():
             self.parts[name].append(figure.detach().float())
+
+    def _sample(self, embeddings: torch.Tensor) -> None:
+        """Keeps up to RANKED_TEXTS of the window's texts, as many of each batch: one may be of one data set."""
+        batches = len(self.rows)
+        share = RANKED_TEXTS // batches
+        pools = (
+            [(embeddings, share)] if self.sample is None else [(self.sample, RANKED_TEXTS - share), (embeddings, share)]
+        )
+        generator = torch.Generator().manual_seed(batches)
+        # By chance, since the texts are sorted by length: long ones are passages.
+        chosen = [torch.randperm(len(texts), generator=generator)[:count].to(texts.device) for texts, count in pools]
+        self.sample = torch.cat([texts[places] for (texts, _), places in zip(pools, chosen)])
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time spent on something other than training."""
@@ -85,8 +108,8 @@ class LogWindow:
         that `PEAK_FLOPS` knows), so a second forward pass lowers it. `loss/<dataset>` and `samples/<dataset>`
         are of this window; similarities are cosines, means over the rows. `false_negatives`, if they are left
         out, is how many. Parts of the loss, unweighted, are `kd/<part>` and `spread_out`; `mean_cosine` is that of
-        unrelated queries (`losses.spread_out`), `effective_rank` that of the last batch's texts, up to RANKED_TEXTS on
-        each process.
+        unrelated queries (`losses.spread_out`), `effective_rank` that of the window's texts, up to RANKED_TEXTS on each
+        process.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
@@ -98,20 +121,22 @@ class LogWindow:
             for place, figure in ((sums[dataset], loss), (positive, close), (hardest, near)):
                 if figure != float("-inf"):  # a row without negatives
                     place[0], place[1] = place[0] + 1, place[1] + figure
-        losses = {name: torch.stack(values).mean().item() for name, values in self.parts.items()}
-        if self.last is not None:
-            # By chance, since the texts are sorted by length: long ones are passages.
-            chosen = torch.randperm(len(self.last), generator=torch.Generator().manual_seed(0))[:RANKED_TEXTS]
-            losses["effective_rank"] = effective_rank(self.last[chosen.to(self.last.device)])
+        losses = {name: torch.stack(values).nanmean().item() for name, values in self.parts.items()}
+        losses = {name: loss for name, loss in losses.items() if not math.isnan(loss) or name != "mean_cosine"}
+        if self.sample is not None:
+            losses["effective_rank"] = effective_rank(self.sample)
         everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
         self._clear()
 
         if self.needs_negatives and any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
-            raise ValueError(
-                f"none of the last {sum(count for part in everywhere for count, _ in part[1].values())} rows had a "
-                "negative, so nothing was learned: give the triplets negatives, raise num_negatives, or, with "
-                "in_batch_negatives, put different texts in a batch"
-            )
+            rows = sum(count for part in everywhere for count, _ in part[1].values())
+            nothing = f"none of the last {rows} rows had a negative, so nothing was learned"
+            if not self.is_of_one_set:
+                raise ValueError(
+                    f"{nothing}: give the triplets negatives, raise num_negatives, or, with in_batch_negatives, put "
+                    "different texts in a batch"
+                )
+            logger.warning(f"{nothing}: they may all be of one class; in larger batches, that is rarer")
         tokens_per_second = sum(part[0] for part in everywhere) / seconds
         logs = {"tokens_per_second": round(tokens_per_second, 1)}
         if self.peak is not None:

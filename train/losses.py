@@ -68,8 +68,8 @@ def contrast(
 
     A row's candidates are its own positive and hard negatives. With `in_batch_negatives` (stage 1) they are the
     positives and hard negatives of every row of the batch, on every process; gradients flow back to all of them.
-    A candidate is excluded where it is not a negative: its text is the row's query, its positive, or a positive of the
-    same query in another row.
+    A candidate is excluded where it is not a negative: its text is the row's query, its positive, or, in another row, a
+    positive of the same query or of the row's positive (of similar texts, a ~ b and b ~ c).
 
     Each process returns its own rows, whose mean is its loss under DDP. Gathering the passages sends gradients back to
     the process that embedded them, so the average that DDP takes is the gradient of the mean over the whole batch; no
@@ -113,6 +113,7 @@ def contrast(
         candidate_ids = passage_ids
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
     excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
+    excluded |= ~is_negative(passage_ids[:, 0], candidate_ids, all_query_ids, all_passage_ids[:, 0])
     # These tensors, rows x candidates, are the largest of a step, so most of this is done in place.
     target = target[:, None]
     if in_batch_negatives and classes is not None:
@@ -202,7 +203,7 @@ class Spread(NamedTuple):
     """How unrelated texts of a batch lie to each other."""
 
     penalty: Tensor  # mean squared cosine of different queries + that of their positives, a scalar
-    mean_cosine: Tensor  # of different queries, a scalar, without gradients
+    mean_cosine: Tensor  # of different queries, a scalar, without gradients; NaN if none are unrelated
 
 
 def spread_out(
@@ -211,8 +212,9 @@ def spread_out(
     """What keeps embeddings from crowding into a cone: the mean squared cosine of texts that are not related.
 
     Not in the paper; Zhang et al., arXiv 1708.06320, as EmbeddingGemma (arXiv 2509.20354) has it: among the batch's
-    queries, and among their positives. Pairs of all processes' rows count, but those of one row, with a text in common
-    or of one class. As with `contrast`, the mean over processes has the gradient of the whole batch's.
+    queries, and among their positives. Pairs of all processes' rows count, but those of one row, with a text in common,
+    of one class, or of a set with classes where one's is not known. As with `contrast`, the mean over processes has the
+    gradient of the whole batch's.
 
     Args:
         queries, positives: `[batch, hidden]`, L2-normalized.
@@ -225,8 +227,11 @@ def spread_out(
         for other in all_ids:
             is_related |= own[:, None] == other
     if classes is not None:
-        names, all_names = classes[:, 1], gather(classes)[:, 1]
+        (sets, names), (all_sets, all_names) = classes.T, gather(classes).T
         is_related |= (names[:, None] == all_names) & (names != NO_CLASS)[:, None]
+        has_classes = torch.isin(sets, all_sets[all_names != NO_CLASS])
+        may_agree = (names == NO_CLASS)[:, None] | (all_names == NO_CLASS)
+        is_related |= has_classes[:, None] & (sets[:, None] == all_sets) & may_agree
     pairs, processes = (~is_related).sum().to(queries.dtype), 1
     if is_distributed():
         dist.all_reduce(pairs)
@@ -237,7 +242,7 @@ def spread_out(
         cosines = (embeddings @ gather(embeddings).T).masked_fill(is_related, 0.0)
         penalty = penalty + cosines.square().sum() * scale
         mean = cosines.detach().sum() * scale if embeddings is queries else mean
-    return Spread(penalty, mean)
+    return Spread(penalty, torch.where(pairs > 0, mean, torch.nan))
 
 
 def matryoshka_spread_out(queries: Tensor, positives: Tensor, prefixes: Mapping[int, float], *args) -> Spread:

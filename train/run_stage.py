@@ -91,7 +91,7 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     check_prefixes(training_args, model.config)
     if training_args.push_adapter:
         check_adapter_fits(model_args, model.config, width)
-    base = digest_weights(model) if model_args.use_peft else None  # else the checkpoint holds all weights
+    base = digest_weights(model)
     saved_dtype = None if model_args.use_peft else model.dtype  # which add_adapter changes
     adapted = add_adapter(model, model_args)
     if resume is not None:
@@ -241,7 +241,7 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
         tables = [with_positives_as_classes(table) if is_so else table for table, is_so in zip(tables, by_positives)]
     triplets = sum(map(len, tables))
     training_args.check_fills_update(triplets)
-    together = training_args.batch_rows if training_args.batches_of_one_set else 1
+    together = training_args.update_rows if training_args.batches_of_one_set else 1
     return Blend(tables, training_args.run_rows(triplets), data_args.weights, seed, together)
 
 

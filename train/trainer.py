@@ -94,7 +94,11 @@ class EmbeddingTrainer(Trainer):
         self._check_settings()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over rows: accumulation divides it by steps
         self._window = LogWindow(
-            self.model, self.args.device, self.args.false_negative_margin is not None, self.args.needs_negatives
+            self.model,
+            self.args.device,
+            self.args.false_negative_margin is not None,
+            self.args.needs_negatives,
+            self.args.batches_of_one_set,
         )
         self._guard = LossGuard()
         self._bad_batch = Path(self.args.output_dir, BAD_BATCH.format(self.args.process_index))

@@ -144,9 +144,15 @@ class Grid:
                 # Another axis may leave a step out: what sets its options is idle only where no cell has the step.
                 steps = {step for cell in self.cells() if (axis, value) in cell for step in self._steps(cell)}
                 if idle := change.keys() - {*RESERVED, *steps}:
-                    raise ValueError(f"{self.file}: {axis}: {value} sets options of {min(idle)}, which it does not run")
+                    raise ValueError(
+                        f"{self.file}: {axis}: {value} sets options of {min(idle)}, which no cell with this value runs"
+                    )
         if idle := self.options.keys() - run - self.inherited:
             raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
+        first_of: dict[str, str] = {}  # by the key of a cell's last step
+        for name, cell in zip(names, self.cells(), strict=True):
+            if (same := first_of.setdefault(self._last_step(cell, self.seeds[0]).key, name)) != name:
+                raise ValueError(f"{self.file}: {name} is the same run as {same}; leave one of them out")
         if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
             known = ", ".join((*STEPS, MEASURE, MERGED))
             raise ValueError(f"{self.file}: minutes are given of {min(unknown)!r}; they can be of {known}")
@@ -194,6 +200,10 @@ class Grid:
             raise ValueError(f"{self.file}: zero_shot has {min(unknown)!r}; {axis} has {listed(self.axes[axis])}")
         if len(self.axes[axis]) != len(tasks_of) + 1:
             raise ValueError(f"{self.file}: {axis} must have one value that leaves out nothing")
+        for cell in filter(self._left_out, self.cells()):
+            run = [self.axes[axis][value].get(step, {}) for axis, value in cell for step in self._steps(cell)]
+            if not any("leave_out" in options for options in run):
+                raise ValueError(f"{self.file}: {cell_name(cell)} runs no step that leaves out a set")
         tasks = self.zero_shot_tasks()
         if twice := [task for task in tasks if tasks.count(task) > 1]:
             raise ValueError(f"{self.file}: zero_shot names {twice[0]!r} twice")

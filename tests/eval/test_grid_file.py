@@ -29,7 +29,7 @@ def test_steps_and_recipes_can_be_an_axis(write_grid, tmp_path):
     assert changed.last.recipe == other
 
 
-def test_what_an_axis_sets_of_a_step_holds_where_another_leaves_that_step_in(write_grid):
+def test_options_of_a_step_apply_in_the_cells_that_run_it(write_grid):
     stages = {"two": {}, "one": {"steps": ["init", "stage2"]}}
     axes = {"stages": stages, "heat": {"low": {}, "high": {"stage1": {"temperature": 1}, "stage2": {"temperature": 1}}}}
     grid = Grid.read(write_grid(axes=axes, steps=["init", "stage1", "stage2"]))
@@ -55,7 +55,19 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
         ({"options": {"stage1": None}}, "options: stage1 is None; it must be a mapping"),
         ({"options": {"stage1": {"seed": 3}}}, "stage1 sets seed, which the grid sets itself"),
         ({"options": {"stage1": {"temperature": None}}}, "temperature is None, which no command line has"),
-        ({"axes": {"p": {"x": {"stage2": {"bf16": True}}}}}, "p: x sets options of stage2, which it does not"),
+        ({"axes": {"p": {"x": {"stage2": {"bf16": True}}}}}, "p: x sets options of stage2, which no cell"),
+        ({"axes": {"p": {"a": {}, "b": {}}}}, "b is the same run as a; leave one of them out"),
+        (
+            {
+                "axes": {
+                    "stages": {"both": {}, "one": {"steps": ["init", "stage2"]}},
+                    "sets": {"all": {}, "a": {"stage1": {"leave_out": ["a"]}}},
+                },
+                "zero_shot": {"sets": {"a": "a"}},
+                "steps": ["init", "stage1", "stage2"],
+            },
+            "one, a runs no step that leaves out a set",
+        ),
         ({"axes": {"p": {"a, b": {}, "a": {}}, "q": {"c": {}, "b, c": {}}}}, "two cells are called 'a, b, c'"),
         ({"steps": ["init", "stage3"]}, "there is no step 'stage3'"),
         ({"steps": []}, "steps is empty; give it a value"),

@@ -147,7 +147,7 @@ def test_sets_as_negatives_tell_rows_without_classes_apart_by_their_positives(tm
     assert [row["query"] for row in plain] == [row["query"] for row in blend]
     assert {row["class"] for row in plain if row["dataset"] == "pairs"} == {None}
     few = DatasetSource(pairs, instruction="", weight=0.2), DatasetSource(str(labelled), instruction="", weight=0.8)
-    with pytest.raises(ValueError, match=r"none of its 8 triplets .* \(in_batch_negatives is sets, 1.6 the set's own"):
+    with pytest.raises(ValueError, match=r"none of its 8 triplets .* \(a batch has 1.6 rows of the set\)"):
         load_blend(DataArguments([*few], num_negatives=0), arguments)
     same = write_jsonl(tmp_path / "same.jsonl", [{"query": f"q{i}", "positive": "p"} for i in range(8)])
     with pytest.raises(ValueError, match="same.jsonl: num_negatives is 0, so none of its 8 triplets has a negative"):

@@ -1,4 +1,4 @@
-"""One order for the triplets of many data sets, so that every batch mixes them in the same shares (section 3.3)."""
+"""One order for the triplets of many data sets: each batch mixes them in the same shares (section 3.3), or has one."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,9 @@ class Blend(TorchDataset):
     """The triplets of a whole training run, in order.
 
     The order depends on the seed and the data alone, not on the number of processes or loading workers, nor on
-    restarts. In any n consecutive samples, a set with share s of k sets appears n*s times, within 2 + 2k*s. Each set is
-    shuffled and used up before it repeats, in a new order each time; its order does not depend on the other sets.
+    restarts. In any n consecutive samples (batches, with `together`), a set with share s of k sets appears n*s times,
+    within 2 + 2k*s. Each set is shuffled and used up before it repeats, in a new order each time; its order does not
+    depend on the other sets.
 
     The tables stay on disk (Arrow, memory-mapped). In memory are 12 bytes for each sample and 8 for each triplet.
 
@@ -41,10 +42,10 @@ class Blend(TorchDataset):
     ):
         if not tables or not all(map(len, tables)):
             raise ValueError(f"a blend needs tables with triplets, it has {[len(table) for table in tables]}")
-        if small := [len(table) for table in tables if len(table) < together]:
+        if small := [f"{table[0]['dataset']} ({len(table)} triplets)" for table in tables if len(table) < together]:
             raise ValueError(
-                f"a set has {min(small)} triplets, which do not fill a batch of {together} by themselves: lower the "
-                "batch size, leave the set out, or set batches_of_one_set to false"
+                f"batches_of_one_set: {', '.join(small)} would not fill a batch of {together}: lower the batch size, "
+                "leave the set out, or set batches_of_one_set to false"
             )
         weights = [len(table) for table in tables] if weights is None else weights
         if len(weights) != len(tables) or not all(weight > 0 for weight in weights):

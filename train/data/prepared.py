@@ -212,21 +212,30 @@ def check_have_negatives(
     """
     if num_negatives and pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
         return
-    column = None
-    if in_batch_negatives in ("labels", "sets"):
+    reason, is_of_the_set = None, in_batch_negatives in ("labels", "sets")
+    if not in_batch_negatives:
+        reason = "in_batch_negatives is off"
+    elif rows < 2:
+        reason = f"a batch has {rows:.3g} rows of the set" if is_of_the_set else "a batch has one row"
+    if is_of_the_set:
         by_positives = in_batch_negatives == "sets" and are_told_apart_by_positives(table, source)
         column = "positive" if by_positives else "class" if have_classes(table) else None
-        is_alone = column is None or rows < 2 or pc.count_distinct(table.data.column(column)).as_py() < 2
-    else:
-        is_alone = not in_batch_negatives or rows < 2
-    if is_alone:
-        of = "the set's own rows" if column else "rows"
+        if column is None:
+            reason = f"in_batch_negatives is {in_batch_negatives}, and the set has no classes"
+            reason += ": sets would do" if in_batch_negatives == "labels" else ""
+        elif pc.count_distinct(table.data.column(column)).as_py() < 2:
+            reason = f"all have one {column}"
+        elif reason is None and column == "class" and (unknown := table.data.column(column).null_count):
+            logger.warning(
+                f"{source.path}: {unknown} of {len(table)} triplets have no class or several, so they get no negative "
+                "and nothing is learned from them"
+            )
+    if reason is not None:
         raise ValueError(
             f"{source.path}: {'' if num_negatives else 'num_negatives is 0, so '}none of its {len(table)} triplets has "
-            "a negative, and rows get none from their batch "
-            f"(in_batch_negatives is {str(in_batch_negatives).lower()}, {rows:.3g} {of} a batch), so nothing would be "
-            f"learned from it: {'' if num_negatives else 'raise num_negatives, '}give it negatives, leave them out of "
-            "the file to have them mined, or drop the set"
+            f"a negative, and rows get none from their batch ({reason}), so nothing would be learned from it: "
+            f"{'' if num_negatives else 'raise num_negatives, '}give it negatives, leave them out of the file to have "
+            "them mined, or drop the set"
         )
 
 
