@@ -149,9 +149,11 @@ class Grid:
                     )
         if idle := self.options.keys() - run - self.inherited:
             raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
-        first_of: dict[str, str] = {}  # by the key of a cell's last step
+        first_of: dict[tuple[str, ...], str] = {}  # by the keys of a cell's last steps
         for name, cell in zip(names, self.cells(), strict=True):
-            if (same := first_of.setdefault(self._last_step(cell, self.seeds[0]).key, name)) != name:
+            if (
+                same := first_of.setdefault(tuple(self._last_step(cell, seed).key for seed in self.seeds), name)
+            ) != name:
                 raise ValueError(f"{self.file}: {name} is the same run as {same}; leave one of them out")
         if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
             known = ", ".join((*STEPS, MEASURE, MERGED))
@@ -200,10 +202,6 @@ class Grid:
             raise ValueError(f"{self.file}: zero_shot has {min(unknown)!r}; {axis} has {listed(self.axes[axis])}")
         if len(self.axes[axis]) != len(tasks_of) + 1:
             raise ValueError(f"{self.file}: {axis} must have one value that leaves out nothing")
-        for cell in filter(self._left_out, self.cells()):
-            run = [self.axes[axis][value].get(step, {}) for axis, value in cell for step in self._steps(cell)]
-            if not any("leave_out" in options for options in run):
-                raise ValueError(f"{self.file}: {cell_name(cell)} runs no step that leaves out a set")
         tasks = self.zero_shot_tasks()
         if twice := [task for task in tasks if tasks.count(task) > 1]:
             raise ValueError(f"{self.file}: zero_shot names {twice[0]!r} twice")

@@ -66,7 +66,7 @@ CLAIM = {"text": "x", "better": {"pooling": "mean"}, "worse": {"pooling": "eos"}
                 "zero_shot": {"sets": {"a": "a"}},
                 "steps": ["init", "stage1", "stage2"],
             },
-            "one, a runs no step that leaves out a set",
+            "one, a is the same run as one, all",
         ),
         ({"axes": {"p": {"a, b": {}, "a": {}}, "q": {"c": {}, "b, c": {}}}}, "two cells are called 'a, b, c'"),
         ({"steps": ["init", "stage3"]}, "there is no step 'stage3'"),

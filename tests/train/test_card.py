@@ -72,7 +72,8 @@ def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
     write_card(tmp_path / "three", make_run("stage1", "org/decoder", history=history), "three")
     text = (tmp_path / "three" / "README.md").read_text()
     assert (
-        "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of a batch's embeddings 90, then 90." in text
+        "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of texts of the steps before 90, then 90."
+        in text
     )
     heights = [Image.open(tmp_path / name / "loss_stage1.png").height for name in ("one", "three")]
     assert heights == [round(120 * (2.2 * curves + 0.6)) for curves in (1, 3)], "how they crowd is drawn, too"

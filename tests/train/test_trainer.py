@@ -80,7 +80,8 @@ def test_the_loss_takes_the_negatives_that_were_asked_for(tmp_path, checkpoint, 
 
     losses = []
     for row in rows:
-        positives = {other["positive"] for other in rows if other["query"] == row["query"]} | {row["query"]}
+        near = row["query"], row["positive"]
+        positives = {other["positive"] for other in rows if other["query"] in near} | {row["query"]}
         others = [text for text in row["negatives"][:1] if text not in positives]
         for other in rows:
             is_other = other is not row and other["positive"] not in positives

@@ -47,7 +47,7 @@ def test_weights_set_the_shares_and_small_sets_come_again():
 
 def test_batches_of_one_set_keep_the_shares():
     """Every eight samples are of one set, in the sets' shares; each set is used up before it repeats."""
-    with pytest.raises(ValueError, match="a set has 7 triplets, which do not fill a batch of 8 by themselves"):
+    with pytest.raises(ValueError, match=r"b \(7 triplets\) would not fill a batch of 8"):
         Blend([table("a", 90), table("b", 7)], samples=164, together=8)
     blend = Blend([table("a", 90), table("b", 30)], samples=164, seed=1, together=8)
     drawn = queries(blend)
