@@ -210,8 +210,9 @@ def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
     if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir()):  # else it may be a Hub's owner/name
         raise ValueError(f"model {model!r}: there is no such folder, seen from the working directory {Path.cwd()}")
     quiet = {"_raise_exceptions_for_missing_entries": False}
+    base = find_base_of_adapter(model, revision=revision)  # whose errors are not that there is no such model
     try:
-        if (base := find_base_of_adapter(model, revision=revision)) is not None:
+        if base is not None:
             config, _ = find_config(base, None)
             file = cached_file(model, "adapter_config.json", revision=revision, **quiet)
             return config, extract_commit_hash(file, None)

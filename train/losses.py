@@ -113,7 +113,8 @@ def contrast(
         candidate_ids = passage_ids
         target = torch.zeros(rows, dtype=torch.long, device=queries.device)
     excluded = ~is_negative(query_ids, candidate_ids, all_query_ids, all_passage_ids[:, 0])
-    excluded |= ~is_negative(passage_ids[:, 0], candidate_ids, all_query_ids, all_passage_ids[:, 0])
+    if torch.isin(passage_ids[:, 0], all_query_ids).any():  # in retrieval no positive is a query, and this is dear
+        excluded |= ~is_negative(passage_ids[:, 0], candidate_ids, all_query_ids, all_passage_ids[:, 0])
     # These tensors, rows x candidates, are the largest of a step, so most of this is done in place.
     target = target[:, None]
     if in_batch_negatives and classes is not None:

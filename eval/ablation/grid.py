@@ -151,9 +151,8 @@ class Grid:
             raise ValueError(f"{self.file}: options are set of {min(idle)}, which no run has: leave them out")
         first_of: dict[tuple[str, ...], str] = {}  # by the keys of a cell's last steps
         for name, cell in zip(names, self.cells(), strict=True):
-            if (
-                same := first_of.setdefault(tuple(self._last_step(cell, seed).key for seed in self.seeds), name)
-            ) != name:
+            keys = tuple(self._last_step(cell, seed).key for seed in self.seeds)
+            if (same := first_of.setdefault(keys, name)) != name:
                 raise ValueError(f"{self.file}: {name} is the same run as {same}; leave one of them out")
         if unknown := self.minutes.keys() - {*STEPS, MEASURE, MERGED}:
             known = ", ".join((*STEPS, MEASURE, MERGED))
@@ -235,7 +234,7 @@ class Grid:
                         raise ValueError(f"{self.file}: {where}: {key}: {name} is {value!r}, which no command line has")
 
     def _check_cell(self, cell: tuple[tuple[str, str], ...]) -> None:
-        """That its steps exist."""
+        """That its steps exist, and begin as those of a run do."""
         steps = self._steps(cell)
         if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in STEPS]):
             wrong = unknown[0] if isinstance(steps, list) and steps else steps

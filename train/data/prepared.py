@@ -212,24 +212,7 @@ def check_have_negatives(
     """
     if num_negatives and pc.sum(pc.list_value_length(table.data.column("negatives"))).as_py():
         return
-    reason, is_of_the_set = None, in_batch_negatives in ("labels", "sets")
-    if not in_batch_negatives:
-        reason = "in_batch_negatives is off"
-    elif rows < 2:
-        reason = f"a batch has {rows:.3g} rows of the set" if is_of_the_set else "a batch has one row"
-    if is_of_the_set:
-        by_positives = in_batch_negatives == "sets" and are_told_apart_by_positives(table, source)
-        column = "positive" if by_positives else "class" if have_classes(table) else None
-        if column is None:
-            reason = f"in_batch_negatives is {in_batch_negatives}, and the set has no classes"
-            reason += ": sets would do" if in_batch_negatives == "labels" else ""
-        elif pc.count_distinct(table.data.column(column)).as_py() < 2:
-            reason = f"all have one {column}"
-        elif reason is None and column == "class" and (unknown := table.data.column(column).null_count):
-            logger.warning(
-                f"{source.path}: {unknown} of {len(table)} triplets have no class or several, so they get no negative "
-                "and nothing is learned from them"
-            )
+    reason = why_without_negatives(table, source, in_batch_negatives, rows)
     if reason is not None:
         raise ValueError(
             f"{source.path}: {'' if num_negatives else 'num_negatives is 0, so '}none of its {len(table)} triplets has "
@@ -237,6 +220,36 @@ def check_have_negatives(
             f"{'' if num_negatives else 'raise num_negatives, '}give it negatives, leave them out of the file to have "
             "them mined, or drop the set"
         )
+    column = told_apart_by(table, source, in_batch_negatives)
+    if column == "class" and (unknown := table.data.column(column).null_count):
+        logger.warning(
+            f"{source.path}: {unknown} of {len(table)} triplets have no class or several, so they get no negative and "
+            "nothing is learned from them"
+        )
+
+
+def why_without_negatives(
+    table: Dataset, source: DatasetSource, in_batch_negatives: bool | str, rows: float
+) -> str | None:
+    """Why no row of a set gets a negative from its batch; None: some do. Arguments as of `check_have_negatives`."""
+    if not in_batch_negatives:
+        return "in_batch_negatives is off"
+    if in_batch_negatives is True:
+        return "a batch has one row" if rows < 2 else None
+    column = told_apart_by(table, source, in_batch_negatives)
+    if column is None:
+        way_out = ": sets would do" if in_batch_negatives == "labels" else ""
+        return f"in_batch_negatives is {in_batch_negatives}, and the set has no classes{way_out}"
+    if pc.count_distinct(table.data.column(column)).as_py() < 2:
+        return f"all have one {column}"
+    return f"a batch has {rows:.3g} rows of the set" if rows < 2 else None
+
+
+def told_apart_by(table: Dataset, source: DatasetSource, in_batch_negatives: bool | str) -> str | None:
+    """The column whose values tell that rows of a set are negatives of each other; None: nothing does, or all are."""
+    if in_batch_negatives == "sets" and are_told_apart_by_positives(table, source):
+        return "positive"
+    return "class" if in_batch_negatives in ("labels", "sets") and have_classes(table) else None
 
 
 def have_classes(table: Dataset) -> bool:
