@@ -15,7 +15,7 @@ from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource
 
 
-KD_LOSSES = ("states", "scores", "embeddings")
+KD_LOSSES = ("states", "scores", "similarities", "embeddings")
 
 IN_BATCH_NEGATIVES = {"true": True, "false": False, "labels": "labels", "sets": "sets"}
 
@@ -376,7 +376,7 @@ class DistillArguments(Stage2Arguments):
 
     stage: ClassVar[str] = "distill"
     teacher: str | None = field(
-        default=None, metadata={"help": "Checkpoint, or for scores and embeddings any model that run_mteb.py measures."}
+        default=None, metadata={"help": "Checkpoint, or for all but states any model that run_mteb.py measures."}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a teacher's."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the distillation's loss."})
@@ -387,7 +387,8 @@ class DistillArguments(Stage2Arguments):
         default_factory=lambda: ["states"],
         metadata={
             "help": "What is compared: states (of every layer; the paper's; the teacher must be of the student's width "
-            "and tokenizer), scores (of a row's candidates), embeddings (of every text)."
+            "and tokenizer), scores (of a row's candidates), similarities (of each text to all others of the batch), "
+            "embeddings (of every text)."
         },
     )
     states_error: Literal["relative", "absolute"] | None = field(
@@ -406,7 +407,10 @@ class DistillArguments(Stage2Arguments):
         },
     )
     teacher_temperature: float | None = field(
-        default=None, metadata={"help": "Divisor of the teacher's cosines in scores; None: temperature."}
+        default=None,
+        metadata={
+            "help": "Divisor of the teacher's cosines in scores, of both models' in similarities; None: temperature."
+        },
     )
     embedding_distance: Literal["cosine", "mse"] | None = field(
         default=None,
@@ -415,8 +419,8 @@ class DistillArguments(Stage2Arguments):
     teacher_instruction: str | None = field(
         default=None,
         metadata={
-            "help": "Task definition that a teacher with instructions reads instead of the student's, for scores and "
-            "embeddings: for a student without any."
+            "help": "Task definition that a teacher with instructions reads instead of the student's, for all but "
+            "states: for a student without any."
         },
     )
     teacher_cache: str | None = field(
@@ -447,12 +451,14 @@ class DistillArguments(Stage2Arguments):
                 "tokens: leave one out"
             )
         applies_to = {
-            "layer_map": "states", "states_error": "states", "teacher_temperature": "scores",
-            "embedding_distance": "embeddings",
+            "layer_map": ("states",), "states_error": ("states",), "teacher_temperature": ("scores", "similarities"),
+            "embedding_distance": ("embeddings",),
         }  # fmt: skip
-        for name, loss in applies_to.items():
-            if getattr(self, name) is not None and loss not in self.kd_losses:
-                raise ValueError(f"{name} is {getattr(self, name)} and kd_losses has no {loss} for it to apply to")
+        for name, losses in applies_to.items():
+            if getattr(self, name) is not None and not set(losses) & set(self.kd_losses):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and kd_losses has no {' or '.join(losses)} for it to apply to"
+                )
 
     @property
     def needs_negatives(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a student lacks of its teacher: states layer by layer, scores of candidates, embeddings (paper, Appendix A)."""
+"""What a student lacks of its teacher: states layer by layer, scores, similarities, embeddings (paper, Appendix A)."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,6 +20,8 @@ class Distillation:
       states: the student's, behind its own pooling layers if it has any, against the teacher's behind its latent
       attention. A student without latents so learns to do their work in its decoder.
     - scores: the Kullback-Leibler divergence of the softmax over a row's candidates (`losses.contrast`).
+    - similarities: the same divergence of the softmax over each text's cosines with all others of the batch, queries
+      and passages alike, also those that the contrastive loss leaves out (`similarity_divergence`).
     - embeddings: 1 - cosine, or the squared error of a dimension, of every text of the batch.
 
     Args:
@@ -65,6 +67,8 @@ class Distillation:
             parts["states"] = observed
         if rows.divergence is not None:
             parts["scores"] = rows.divergence.mean()
+        if "similarities" in self.args.kd_losses:
+            parts["similarities"] = self._compare_similarities(embeddings, self._embed(batch))
         if "embeddings" in self.args.kd_losses:
             theirs = self._embed(batch).to(embeddings.dtype)
             if self.args.embedding_distance == "mse":
@@ -73,6 +77,15 @@ class Distillation:
                 parts["embeddings"] = (1 - torch.cosine_similarity(embeddings, theirs, dim=-1)).mean()
         self._embedded = None
         return parts
+
+    def _compare_similarities(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The mean of `similarity_divergence`, and of the student's prefixes, weighted as in `matryoshka_contrast`."""
+        temperature, prefixes = self.args.teacher_temperature or self.args.temperature, self.args.matryoshka
+        total = similarity_divergence(ours, theirs, temperature).mean()
+        for width, weight in prefixes.items():
+            prefix = F.normalize(ours[:, :width], dim=-1)
+            total = total + weight * similarity_divergence(prefix, theirs, temperature).mean()
+        return total / (1 + sum(prefixes.values()))
 
     def _embed(self, batch: dict) -> Tensor:
         """The teacher's embeddings of the batch's texts, once."""
@@ -88,6 +101,33 @@ def states_error(ours: Tensor, theirs: Tensor, is_relative: bool) -> Tensor:
     """
     error, theirs = (ours.float() - theirs.float()).square(), theirs.float()
     return error.sum(-1) / theirs.square().sum(-1).clamp(min=1e-12) if is_relative else error.mean(-1)
+
+
+def similarity_divergence(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """How far a student's similarities of texts are from the teacher's; the embeddings may differ in width.
+
+    The Kullback-Leibler divergence of the softmax over each text's cosines with all other texts, / `temperature`.
+    Unlike the contrastive loss, it has something to teach where all negatives have become easy. Not in the paper;
+    relational distillation (Park et al., arXiv 1904.05068) compares distances likewise.
+
+    Args:
+        ours, theirs: L2-normalized, `[texts, width]`.
+        temperature: divisor of both models' cosines.
+
+    Returns:
+        fp32 `[texts]`; zeros if there is but one text.
+    """
+    texts = len(ours)
+
+    def log_probabilities(embeddings: Tensor) -> Tensor:
+        cosines = (embeddings @ embeddings.T).float() / temperature
+        # All but the diagonal: behind its first element, each run of texts + 1 ends with one of it.
+        others = cosines.flatten()[1:].view(texts - 1, texts + 1)[:, :-1].reshape(texts, texts - 1)
+        return others.log_softmax(-1)
+
+    if texts < 2:
+        return ours.float().sum(-1) * 0
+    return F.kl_div(log_probabilities(ours), log_probabilities(theirs), reduction="none", log_target=True).sum(-1)
 
 
 def match_layers(student: NVEmbedModel, teacher: NVEmbedModel, layer_map: Sequence[int] | None) -> list[int]:
@@ -157,6 +197,6 @@ def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_leng
     if "states" in args.kd_losses and width != student.config.hidden_size:
         raise ValueError(
             f"the teacher's last states are {width} wide and the student's {student.config.hidden_size}, since one of "
-            "them projects them (projection_dim): set kd_losses to scores, embeddings or both"
+            "them projects them (projection_dim): leave states out of kd_losses"
         )
     return Distillation(args, teacher, layers)

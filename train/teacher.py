@@ -46,7 +46,7 @@ class StatesTeacher:
         if ours.text_config.hidden_size != theirs.text_config.hidden_size:
             raise ValueError(
                 f"the states of teacher {name} are {theirs.text_config.hidden_size} wide and the student's "
-                f"{ours.text_config.hidden_size}: set kd_losses to scores, embeddings or both"
+                f"{ours.text_config.hidden_size}: leave states out of kd_losses"
             )
         if theirs.pooling_type == "latent_attention":
             model.fold_latent_attention()  # the same states, faster

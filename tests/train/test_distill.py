@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from nvembed.train.distillation import (
     add_projection,
     match_layers,
     prepare_distillation,
+    similarity_divergence,
     states_error,
 )
 from nvembed.train.gradient_cache import embed_and_observe
@@ -118,12 +120,12 @@ def test_a_student_that_is_its_teacher_lacks_nothing(teacher_dir, data, tmp_path
     student = NVEmbedModel.from_pretrained(teacher_dir)
     rows = list(prepare([DatasetSource(data, instruction="Find it")], 1))
     batch = TripletCollator(student.tokenizer, student.config, 32, 1)(rows)
-    args = arguments(tmp_path, kd_losses=["states", "scores", "embeddings"])
+    args = arguments(tmp_path, kd_losses=["states", "scores", "similarities", "embeddings"])
     distillation = Distillation(args, StatesTeacher(str(teacher_dir), None, student), [0, 1])
     embeddings, observed = embed_and_observe(student, batch["chunks"], distillation.observer(batch))
     rows = contrast_of(embeddings, batch, distillation.scores(batch))
     parts = distillation.losses(batch, embeddings, observed, rows)
-    assert set(parts) == {"states", "scores", "embeddings"}
+    assert list(parts) == ["states", "scores", "similarities", "embeddings"]
     assert all(part.item() == pytest.approx(0, abs=1e-5) for part in parts.values())
 
 
@@ -148,6 +150,37 @@ def test_scores_are_a_kullback_leibler_divergence_over_the_candidates(in_batch_n
         assert found.divergence[row].item() == pytest.approx(expected, rel=1e-4)
     found.divergence.sum().backward()
     assert queries.grad.isfinite().all() and queries.grad.abs().max() > 0
+
+
+def test_similarities_are_a_kullback_leibler_divergence_over_all_other_texts(tmp_path):
+    torch.manual_seed(0)
+    ours, theirs = F.normalize(torch.randn(6, 8), dim=-1).requires_grad_(), F.normalize(torch.randn(6, 4), dim=-1)
+
+    def expected(ours):
+        total = 0.0
+        for row in range(6):
+            others = [column for column in range(6) if column != row]
+            log_p, log_q = (
+                torch.stack([texts[row] @ texts[column] / 0.1 for column in others]).double().log_softmax(0)
+                for texts in (theirs, ours)
+            )
+            total += (log_p.exp() * (log_p - log_q)).sum().item() / 6
+        return total
+
+    found = similarity_divergence(ours, theirs, 0.1)
+    assert found.shape == (6,) and found.mean().item() == pytest.approx(expected(ours), rel=1e-4)
+    found.sum().backward()
+    assert ours.grad.isfinite().all() and ours.grad.abs().max() > 0
+    assert similarity_divergence(ours[:1], theirs[:1], 0.1).tolist() == [0.0]
+
+    options = {"matryoshka_dims": [2, 5], "matryoshka_weights": [1.0, 0.5], "teacher_temperature": 0.1}
+    args = arguments(tmp_path, kd_losses=["similarities"], **options)
+    distillation = Distillation(args, SimpleNamespace(embed=lambda batch: theirs))
+    weighted = sum(
+        weight * expected(F.normalize(ours[:, :width], dim=-1)) for width, weight in ((8, 1), (2, 1), (5, 0.5))
+    )
+    part = distillation.losses({}, ours, None, SimpleNamespace(divergence=None))["similarities"]
+    assert part.item() == pytest.approx(weighted / 2.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "mse"])
@@ -294,10 +327,10 @@ def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_pat
         ({"teacher": None}, "teacher is missing"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"contrastive_weight": -1.0}, "contrastive_weight"),
-        ({"kd_losses": ["logits"]}, "states, scores, embeddings"),
-        ({"kd_losses": []}, "states, scores, embeddings"),
+        ({"kd_losses": ["logits"]}, "states, scores, similarities, embeddings"),
+        ({"kd_losses": []}, "states, scores, similarities, embeddings"),
         ({"teacher_cache": "x"}, "leave one out"),
-        ({"teacher_temperature": 0.1}, "kd_losses has no scores"),
+        ({"teacher_temperature": 0.1}, "kd_losses has no scores or similarities"),
         ({"embedding_distance": "mse"}, "kd_losses has no embeddings"),
         ({"kd_losses": ["scores"], "states_error": "absolute"}, "kd_losses has no states"),
         ({"teacher_instruction": "Find it"}, "leave one out"),
@@ -333,13 +366,14 @@ def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8, en
     [
         ["--kd_losses", "embeddings", "--teacher_cache", "CACHE", "--contrastive_weight", "0"],
         ["--matryoshka_dims", "8", "16", "--matryoshka_weights", "1", "0.5", "--kd_losses", "scores", "states"],
+        ["--teacher_temperature", "0.05", "--kd_losses", "similarities", "--contrastive_weight", "0"],
     ],
 )
 def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, data, tmp_path, options):
     student.save_pretrained(tmp_path / "student")
     options = [str(tmp_path / "cache") if option == "CACHE" else option for option in options]
     log = distil(tmp_path / "student", teacher_dir, data, tmp_path / "out", *options)
-    for part in set(options) & {"states", "scores", "embeddings"}:
+    for part in set(options) & {"states", "scores", "similarities", "embeddings"}:
         parts = [entry[f"kd/{part}"] for entry in log if f"kd/{part}" in entry]
         assert len(parts) == 4 and parts[-1] < parts[0]
     certificate = json.loads((tmp_path / "out" / "training_data.json").read_text())
