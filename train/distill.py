@@ -3,7 +3,7 @@
 accelerate launch train/distill.py --config compress --model_name_or_path runs/pruned --teacher runs/stage2
 """
 
-from nvembed.train.arguments import DistillArguments
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.run_stage import main
 
 

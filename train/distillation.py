@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nvembed.eval.models import load_model
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
-from nvembed.train.arguments import DistillArguments
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.losses import Contrast, TeacherScores
 from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
 

@@ -15,7 +15,6 @@ from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import (
     DataArguments,
-    DistillArguments,
     ModelArguments,
     StageArguments,
     check_negatives,
@@ -38,6 +37,7 @@ from nvembed.train.data.prepared import (
     write_tables,
 )
 from nvembed.train.data.source import check_exists, check_sources
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.distillation import prepare_distillation
 from nvembed.train.hub import check_push, push
 from nvembed.train.memory import limit_primitive_cache

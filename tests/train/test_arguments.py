@@ -6,11 +6,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nvembed.eval.commands import STAGES
-from nvembed.train.arguments import DataArguments, DistillArguments, ModelArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.compress.prune import PruneArguments
 from nvembed.train.compress.quantize import QuantizeArguments
 from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource, check_exists, check_sources
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.recipe import RecipeParser
 
 

@@ -17,11 +17,11 @@ from nvembed import NVEmbedModel
 from nvembed.eval.models import LoadedModel, load_model
 from nvembed.eval.vectors import VectorShards
 from nvembed.train import distillation
-from nvembed.train.arguments import DistillArguments
 from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.source import DatasetSource
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.distillation import (
     Distillation,
     add_projection,

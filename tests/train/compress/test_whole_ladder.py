@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
-from nvembed.train.arguments import DistillArguments, ModelArguments
+from nvembed.train.arguments import ModelArguments
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.collator import TripletCollator
 from nvembed.train.compress.checkpoint import load_uncompressed
@@ -14,6 +14,7 @@ from nvembed.train.compress.prune import PruneArguments, prune
 from nvembed.train.compress.quantize import QuantizeArguments, quantize
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.source import DatasetSource
+from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.distillation import prepare_distillation
 from nvembed.train.trainer import EmbeddingTrainer
 from tests.conftest import SENTENCES, randomize
