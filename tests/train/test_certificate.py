@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import mteb
 import pytest
+from huggingface_hub import ModelCard
 
 from nvembed.eval.files import sha256
 from nvembed.eval.report import read_run, write_report
@@ -75,6 +76,25 @@ def test_what_a_base_without_a_certificate_has_seen_is_not_known(tmp_path):
     assert (certificate["complete"], certificate["base"]) == (False, "nvidia/NV-Embed-v2")
     assert is_seen(mteb.get_task("NQ"), certificate) is True
     assert is_seen(mteb.get_task("SciFact"), certificate) is None
+
+
+def test_a_base_is_read_at_its_revision(certificate, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for number, (revision, license) in enumerate({"main": "mit", "v2": "apache-2.0"}.items()):
+        folder, commit = tmp_path / "models--org--base", str(number) * 40
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        (folder / "snapshots" / commit / "README.md").write_text(f"---\nlicense: {license}\n---\n# Base\n")
+        (folder / "snapshots" / commit / FILE).write_text(json.dumps(certificate | {"base": f"decoder of {revision}"}))
+    blend, source = SimpleNamespace(tables=[range(7)]), DatasetSource("me/rows", instruction="")
+    for revision, name, license in ((None, "main", "mit"), ("v2", "v2", "apache-2.0")):
+        known = certify("stage2", "org/base", [source], None, blend, [7], revision)
+        assert known["base"] == f"decoder of {name}" and known["stages"][:-1] == certificate["stages"]
+        (tmp_path / name).mkdir()
+        write_card(tmp_path / name, make_run("stage2", "org/base", revision=revision), "mine")
+        assert ModelCard.load(tmp_path / name / "README.md").data.license == license
 
 
 def test_a_set_built_with_further_tasks_keeps_them(tmp_path):
