@@ -92,10 +92,11 @@ def run(names: list[str], out: Path, environment: dict[str, str], deadline: floa
     results = []
     for name in names:
         command, seconds = STEPS[name]
-        start, limit = time.monotonic(), min(seconds, deadline - time.monotonic())
-        if limit < 10:
+        start = time.monotonic()
+        if (left := deadline - start) < 10:
             results.append((name, "no time left", 0.0))
             continue
+        limit = min(seconds, left)
         with (out / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
