@@ -65,7 +65,9 @@ class DistillArguments(Stage2Arguments):
     )
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder for the teacher's embeddings of all texts, made once. None: embedded as they come."},
+        metadata={
+            "help": "Folder for the teacher's embeddings, made once, for later runs, too. None: made as they come."
+        },
     )
 
     def __post_init__(self):

@@ -10,7 +10,6 @@ from trl import get_quantization_config
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.local import read_tasks
-from nvembed.eval.vectors import VectorShards
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import (
@@ -200,7 +199,7 @@ def read_teacher_cache(
     with after_main_process(training_args):
         if training_args.process_index == 0:
             cache_embeddings(folder, teacher, blend, collator)
-        teacher.read(VectorShards(folder))
+        teacher.read(folder)
 
 
 def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:

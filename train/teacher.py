@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from nvembed.eval.files import text_id, write_json
 from nvembed.eval.models import LoadedModel
-from nvembed.eval.vectors import MadeFrom, VectorShards, embed_shards
+from nvembed.eval.vectors import MadeFrom, VectorShards, embed_shards, is_finished
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.collator import BatchText, TripletCollator
@@ -77,10 +76,12 @@ class EmbeddingTeacher:
     def __init__(self, model: LoadedModel, instruction: str | None = None):
         self.model, self.instruction, self.cache = model, instruction, None
 
-    def read(self, cache: VectorShards) -> None:
+    def read(self, folder: Path) -> None:
         """Reads embeddings from a folder that `cache_embeddings` filled, from here on."""
-        ids = np.array([int(name) for name in cache.ids()], dtype=np.int64)
-        self.cache, self.order = cache, np.argsort(ids)
+        self.cache, self.parts = folder, finished_parts(folder)
+        self.starts = np.cumsum([0, *map(len, self.parts)])  # position of each part's first row
+        ids = np.array([int(name) for part in self.parts for name in part.ids()], dtype=np.int64)
+        self.order = np.argsort(ids)
         self.ids = ids[self.order]
 
     def embed(self, batch: dict) -> Tensor:
@@ -90,13 +91,21 @@ class EmbeddingTeacher:
             ValueError: a text is not in the cache.
         """
         device = batch["chunks"][0]["input_ids"].device
-        if self.cache is None:
-            return F.normalize(torch.from_numpy(self.embed_texts(batch["texts"])), dim=-1).to(device)
-        wanted = np.array([cache_id(text) for text in batch["texts"]], dtype=np.int64)
+        embeddings = self.embed_texts(batch["texts"]) if self.cache is None else self._look_up(batch["texts"])
+        return F.normalize(torch.from_numpy(embeddings), dim=-1).to(device)
+
+    def _look_up(self, texts: Sequence[BatchText]) -> np.ndarray:
+        wanted = np.array([cache_id(text) for text in texts], dtype=np.int64)
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         if (missing := np.flatnonzero(self.ids[places] != wanted)).size:
-            raise ValueError(f"teacher_cache {self.cache.folder} has no {batch['texts'][missing[0]].text[:80]!r}")
-        return F.normalize(torch.from_numpy(self.cache[self.order[places]]), dim=-1).to(device)
+            raise ValueError(f"teacher_cache {self.cache} has no {texts[missing[0]].text[:80]!r}")
+        rows = self.order[places]
+        result = np.empty((len(texts), self.parts[0].width), dtype=np.float32)
+        for part, start in zip(self.parts, self.starts):
+            here = (start <= rows) & (rows < start + len(part))
+            if here.any():
+                result[here] = part[rows[here] - start]
+        return result
 
     def prefix(self, text: BatchText) -> str:
         """What the teacher reads before a text: its own prompt for its role, or the instruction."""
@@ -134,23 +143,35 @@ def texts_of_run(blend: Blend, collator: TripletCollator) -> Iterator[BatchText]
 
 
 def cache_embeddings(folder: Path, teacher: EmbeddingTeacher, blend: Blend, collator: TripletCollator) -> None:
-    """Embeds every text of a run once, into shards as `embed_corpus.py` writes them; continues where it stopped.
+    """Embeds every text of a run that no earlier run has had embedded; continues where it stopped.
+
+    Each run's are a part of the folder, shards as `embed_corpus.py` writes them.
 
     Raises:
-        ValueError: the folder was filled or begun by another teacher or revision, with another instruction, at another
-            length, or for other texts.
+        ValueError: the folder was filled or begun by another teacher or revision, with another instruction, or at
+            another length.
     """
-    texts, model = list(texts_of_run(blend, collator)), teacher.model
-    ids = [str(cache_id(text)) for text in texts]
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+    model = teacher.model
     instruction = OWN_INSTRUCTION if teacher.instruction is None else teacher.instruction
-    made_from = MadeFrom(model.name, model.revision, instruction, model.max_length, digest)
-    claim_cache(folder, asdict(made_from))
-    embed_shards(lambda part, _: teacher.embed_texts(part), ids, texts, folder, made_from)
+    settings = {
+        "model": model.name, "revision": model.revision, "instruction": instruction, "max_length": model.max_length,
+    }  # fmt: skip
+    claim_cache(folder, settings)
+    known = {name for part in finished_parts(folder) for name in part.ids()}
+    missing = [text for text in texts_of_run(blend, collator) if str(cache_id(text)) not in known]
+    if missing:
+        ids = [str(cache_id(text)) for text in missing]
+        digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+        made_from = MadeFrom(**settings, texts=digest)
+        embed_shards(lambda part, _: teacher.embed_texts(part), ids, missing, folder / digest, made_from)
 
 
-def claim_cache(folder: Path, made_from: dict) -> None:
-    """Marks a folder as this teacher's and these texts' before anything is in it.
+def finished_parts(folder: Path) -> list[VectorShards]:
+    return [VectorShards(part) for part in sorted(folder.iterdir()) if part.is_dir() and is_finished(part)]
+
+
+def claim_cache(folder: Path, settings: dict) -> None:
+    """Marks a folder as this teacher's, read with these settings, before anything is in it.
 
     Raises:
         ValueError: it is another's.
@@ -158,10 +179,10 @@ def claim_cache(folder: Path, made_from: dict) -> None:
     file = folder / "made_from.json"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, made_from)
+        write_json(file, settings)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in made_from.items():
+    for name, value in settings.items():
         if before.get(name) != value:
             raise ValueError(
                 f"teacher_cache {folder} was made with {name} {before.get(name)!r}, and this run has {value!r}: name "

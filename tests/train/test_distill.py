@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 
 from nvembed import NVEmbedModel
 from nvembed.eval.models import LoadedModel, load_model
-from nvembed.eval.vectors import VectorShards
 from nvembed.train import distillation
 from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
@@ -204,19 +203,28 @@ def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(student, tea
     teacher, folder = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), tmp_path / "cache"
     cache_embeddings(folder, teacher, blend, collator)
     expected = teacher.embed(batch)
-    teacher.read(VectorShards(folder))
+    teacher.read(folder)
     model, teacher.model = teacher.model, None  # not asked any more
     assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
-    stamp = (folder / "00000" / "vectors.npy").stat().st_mtime_ns
+    (first,) = folder.glob("*/00000/vectors.npy")
+    stamp = first.stat().st_mtime_ns
     teacher.model = model
     cache_embeddings(folder, teacher, blend, collator)
-    assert (folder / "00000" / "vectors.npy").stat().st_mtime_ns == stamp
+    assert list(folder.glob("*/00000/vectors.npy")) == [first] and first.stat().st_mtime_ns == stamp
     batch["texts"][0] = BatchText("", "a text that is nowhere", True)
     with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
         teacher.embed(batch)
-    more = Blend([prepare([DatasetSource(data, instruction="Another")], 1)], 8)
-    with pytest.raises(ValueError, match="was made with texts"):
-        cache_embeddings(folder, teacher, more, collator)
+    more = Blend([prepare([DatasetSource(data, instruction=name)], 1) for name in ("Find it", "Another")], 8)
+    cache_embeddings(folder, teacher, more, collator)  # of a later run, which embeds its new texts alone
+    (second,) = set(folder.glob("*/00000")) - {first.parent}
+    both = [set(json.loads((part / "ids.json").read_text())) for part in (first.parent, second)]
+    assert all(both) and not both[0] & both[1] and first.stat().st_mtime_ns == stamp
+    mixed = collator([row for table in more.tables for row in table.select(range(2))])
+    expected = EmbeddingTeacher(model).embed(mixed)
+    reader = EmbeddingTeacher(model)
+    reader.read(folder)
+    reader.model = None
+    assert torch.allclose(reader.embed(mixed), expected, atol=1e-6)
     with pytest.raises(ValueError, match="was made with instruction"):
         cache_embeddings(folder, EmbeddingTeacher(model, "Look for it"), blend, collator)
     randomize(student, seed=3)
@@ -242,7 +250,7 @@ def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tm
     cache_embeddings(tmp_path / "cache", teacher, blend, collator)
     batches = [collator([blend[i], blend[j]]) for i in range(8) for j in range(8) if i != j]
     expected = [teacher.embed(batch) for batch in batches[:3]]
-    teacher.read(VectorShards(tmp_path / "cache"))
+    teacher.read(tmp_path / "cache")
     found = [teacher.embed(batch) for batch in batches]
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(expected, found))
 
