@@ -40,9 +40,9 @@ SETTINGS = (
     "batch_size", "num_negatives", "max_length", "chunk_tokens", "temperature", "in_batch_negatives",
     "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "spread_out_weight", "batches_of_one_set",
     "teacher", "teacher_instruction", "alpha", "contrastive_weight", "kd_losses", "states_error", "layer_map",
-    "teacher_temperature", "embedding_distance", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "steps", "seed", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha",
-    "lora_dropout", "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing",
+    "teacher_temperature", "similarity_temperature", "embedding_distance", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "steps", "seed", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "use_peft",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "gradient_checkpointing",
     "gradient_accumulation_steps", "processes",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ from nvembed.train.arguments import Stage2Arguments
 
 
 KD_LOSSES = ("states", "scores", "similarities", "embeddings")
+SIMILARITY_TEMPERATURE = 0.05
 
 
 @dataclass
@@ -47,10 +48,11 @@ class DistillArguments(Stage2Arguments):
         },
     )
     teacher_temperature: float | None = field(
+        default=None, metadata={"help": "Divisor of the teacher's cosines in scores; None: temperature."}
+    )
+    similarity_temperature: float | None = field(
         default=None,
-        metadata={
-            "help": "Divisor of the teacher's cosines in scores, of both models' in similarities; None: temperature."
-        },
+        metadata={"help": f"Divisor of both models' cosines in similarities; None: {SIMILARITY_TEMPERATURE}."},
     )
     embedding_distance: Literal["cosine", "mse"] | None = field(
         default=None,
@@ -80,8 +82,9 @@ class DistillArguments(Stage2Arguments):
             raise ValueError(f"alpha is {self.alpha}; it must be above 0, or train with stage2.py, without a teacher")
         if not 0 <= self.contrastive_weight < math.inf:
             raise ValueError(f"contrastive_weight is {self.contrastive_weight}; it must be 0 or more")
-        if self.teacher_temperature is not None and not self.teacher_temperature > 0:
-            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be > 0")
+        for name in ("teacher_temperature", "similarity_temperature"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
         if "states" in self.kd_losses and self.teacher_cache is not None:
             raise ValueError(
                 "teacher_cache keeps a teacher's embeddings, and kd_losses has states, for which the teacher runs "
@@ -93,15 +96,22 @@ class DistillArguments(Stage2Arguments):
                 "tokens: leave one out"
             )
         applies_to = {
-            "layer_map": ("states",), "states_error": ("states",), "teacher_temperature": ("scores", "similarities"),
-            "embedding_distance": ("embeddings",),
+            "layer_map": "states", "states_error": "states", "teacher_temperature": "scores",
+            "similarity_temperature": "similarities", "embedding_distance": "embeddings",
         }  # fmt: skip
-        for name, losses in applies_to.items():
-            if getattr(self, name) is not None and not set(losses) & set(self.kd_losses):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)} and kd_losses has no {' or '.join(losses)} for it to apply to"
-                )
+        for name, loss in applies_to.items():
+            if getattr(self, name) is not None and loss not in self.kd_losses:
+                raise ValueError(f"{name} is {getattr(self, name)} and kd_losses has no {loss} for it to apply to")
 
     @property
     def needs_negatives(self) -> bool:
         return self.contrastive_weight > 0 or "scores" in self.kd_losses
+
+    def check_texts(self, num_negatives: int) -> None:
+        """Raises a `ValueError` if a batch has two texts and only their similarity to teach: the loss would be 0."""
+        alone = self.kd_losses == ["similarities"] and self.contrastive_weight == 0
+        if alone and self.batch_rows < 2 and num_negatives == 0:
+            raise ValueError(
+                "a batch has one row and num_negatives is 0, so its two texts have nothing but each other for "
+                "similarities to compare and nothing would be learned; raise batch_size or num_negatives"
+            )

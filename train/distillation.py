@@ -1,15 +1,17 @@
 """What a student lacks of its teacher: states layer by layer, scores, similarities, embeddings (paper, Appendix A)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvembed.eval.models import load_model
+from nvembed.eval.sharding import gather, is_distributed
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
-from nvembed.train.distill_arguments import DistillArguments
-from nvembed.train.losses import Contrast, TeacherScores
+from nvembed.train.distill_arguments import SIMILARITY_TEMPERATURE, DistillArguments
+from nvembed.train.losses import NO_TEXT, Contrast, TeacherScores
 from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
 
 
@@ -21,7 +23,7 @@ class Distillation:
       attention. A student without latents so learns to do their work in its decoder.
     - scores: the Kullback-Leibler divergence of the softmax over a row's candidates (`losses.contrast`).
     - similarities: the same divergence of the softmax over each text's cosines with all others of the batch, queries
-      and passages alike, also those that the contrastive loss leaves out (`similarity_divergence`).
+      and passages alike, also those that the contrastive loss leaves out, over all processes (`similarity_divergence`).
     - embeddings: 1 - cosine, or the squared error of a dimension, of every text of the batch.
 
     Args:
@@ -68,7 +70,11 @@ class Distillation:
         if rows.divergence is not None:
             parts["scores"] = rows.divergence.mean()
         if "similarities" in self.args.kd_losses:
-            parts["similarities"] = self._compare_similarities(embeddings, self._embed(batch))
+            places = torch.cat([batch["query_index"], batch["passage_index"].flatten()])
+            ids = torch.cat([batch["query_ids"], batch["passage_ids"].flatten()])
+            theirs, temperature = self._embed(batch)[places], self.args.similarity_temperature or SIMILARITY_TEMPERATURE
+            part = similarity_divergence(embeddings[places], theirs, ids, temperature, self.args.matryoshka)
+            parts["similarities"] = part
         if "embeddings" in self.args.kd_losses:
             theirs = self._embed(batch).to(embeddings.dtype)
             if self.args.embedding_distance == "mse":
@@ -77,15 +83,6 @@ class Distillation:
                 parts["embeddings"] = (1 - torch.cosine_similarity(embeddings, theirs, dim=-1)).mean()
         self._embedded = None
         return parts
-
-    def _compare_similarities(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        """The mean of `similarity_divergence`, and of the student's prefixes, weighted as in `matryoshka_contrast`."""
-        temperature, prefixes = self.args.teacher_temperature or self.args.temperature, self.args.matryoshka
-        total = similarity_divergence(ours, theirs, temperature).mean()
-        for width, weight in prefixes.items():
-            prefix = F.normalize(ours[:, :width], dim=-1)
-            total = total + weight * similarity_divergence(prefix, theirs, temperature).mean()
-        return total / (1 + sum(prefixes.values()))
 
     def _embed(self, batch: dict) -> Tensor:
         """The teacher's embeddings of the batch's texts, once."""
@@ -103,31 +100,60 @@ def states_error(ours: Tensor, theirs: Tensor, is_relative: bool) -> Tensor:
     return error.sum(-1) / theirs.square().sum(-1).clamp(min=1e-12) if is_relative else error.mean(-1)
 
 
-def similarity_divergence(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+def similarity_divergence(
+    ours: Tensor, theirs: Tensor, ids: Tensor, temperature: float, prefixes: Mapping[int, float] | None = None
+) -> Tensor:
     """How far a student's similarities of texts are from the teacher's; the embeddings may differ in width.
 
-    The Kullback-Leibler divergence of the softmax over each text's cosines with all other texts, / `temperature`.
-    Unlike the contrastive loss, it has something to teach where all negatives have become easy. Not in the paper;
-    relational distillation (Park et al., arXiv 1904.05068) compares distances likewise.
+    The Kullback-Leibler divergence of the softmax over each text's cosines / `temperature` with all other texts of the
+    batch, on all processes; equal texts count once. It still teaches where all negatives have become easy and the
+    contrastive loss is near 0. Not in the paper; relational distillation (Park et al., arXiv 1904.05068) compares
+    distances likewise. Takes memory for the square of the texts.
+
+    Each process returns the share of its own texts, so that the mean over processes is the mean over texts.
 
     Args:
-        ours, theirs: L2-normalized, `[texts, width]`.
+        ours, theirs: L2-normalized, `[texts, width]`; as many texts on every process.
+        ids: of the texts, `[texts]`; `NO_TEXT` in empty slots.
         temperature: divisor of both models' cosines.
+        prefixes: number of the student's dimensions -> weight, as in `matryoshka_contrast`.
 
     Returns:
-        fp32 `[texts]`; zeros if there is but one text.
+        A scalar; 0 if there is but one text.
     """
-    texts = len(ours)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    all_ids = gather(ids)
+    counted = is_first(all_ids) & (all_ids != NO_TEXT)
+    start, columns = rank * len(ids), counted.nonzero()
+    own = counted[start : start + len(ids)]
+    is_itself = start + own.nonzero() == columns.T
 
     def log_probabilities(embeddings: Tensor) -> Tensor:
-        cosines = (embeddings @ embeddings.T).float() / temperature
-        # All but the diagonal: behind its first element, each run of texts + 1 ends with one of it.
-        others = cosines.flatten()[1:].view(texts - 1, texts + 1)[:, :-1].reshape(texts, texts - 1)
-        return others.log_softmax(-1)
+        cosines = embeddings[own] @ gather(embeddings)[counted].T
+        return (cosines.float() / temperature).masked_fill(is_itself, float("-inf")).log_softmax(-1)
 
-    if texts < 2:
-        return ours.float().sum(-1) * 0
-    return F.kl_div(log_probabilities(ours), log_probabilities(theirs), reduction="none", log_target=True).sum(-1)
+    if len(columns) < 2:
+        return ours.sum() * 0
+    target = log_probabilities(theirs)
+
+    def divergence(embeddings: Tensor) -> Tensor:
+        # Of a text and itself, both are -inf, whose difference is not 0.
+        gap = (target - log_probabilities(embeddings)).masked_fill(is_itself, 0.0)
+        return (target.exp() * gap).sum() * processes / len(columns)
+
+    prefixes = prefixes or {}
+    total = divergence(ours)
+    for width, weight in prefixes.items():
+        total = total + weight * divergence(F.normalize(ours[:, :width], dim=-1))
+    return total / (1 + sum(prefixes.values()))
+
+
+def is_first(ids: Tensor) -> Tensor:
+    """Whether no earlier id is the same, `[ids]` -> bool `[ids]`."""
+    distinct, inverse = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    first = places.new_full((len(distinct),), len(ids)).scatter_reduce(0, inverse, places, "amin")
+    return first[inverse] == places
 
 
 def match_layers(student: NVEmbedModel, teacher: NVEmbedModel, layer_map: Sequence[int] | None) -> list[int]:

@@ -36,7 +36,8 @@ APPLIED = (
     *OPTIMIZER_SETTINGS, *SCHEDULE_SETTINGS, "max_grad_norm", "temperature", "in_batch_negatives", "max_length",
     "lora_dropout", "bf16", "fp16", "gradient_accumulation_steps", "gradient_checkpointing", "chunk_tokens",
     "processes", "false_negative_margin", "matryoshka_dims", "matryoshka_weights", "spread_out_weight", "alpha",
-    "contrastive_weight", "kd_losses", "states_error", "layer_map", "teacher_temperature", "embedding_distance",
+    "contrastive_weight", "kd_losses", "states_error", "layer_map", "teacher_temperature", "similarity_temperature",
+    "embedding_distance",
 )  # fmt: skip
 UNRECORDED = ("teacher_instruction",)  # by earlier versions, which had it
 # Settings that may not change, and why.

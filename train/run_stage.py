@@ -42,7 +42,7 @@ from nvembed.train.hub import check_push, push
 from nvembed.train.memory import limit_primitive_cache
 from nvembed.train.recipe import RecipeParser
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, check_resume, digest_weights, find_resume, resume_record
-from nvembed.train.teacher import EmbeddingTeacher, cache_embeddings
+from nvembed.train.teacher import EmbeddingTeacher, TeacherCache, texts_of_run
 from nvembed.train.trainer import EmbeddingTrainer
 
 
@@ -59,6 +59,8 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
     limit_primitive_cache()
     check_output_dir(training_args.output_dir)
     check_negatives(data_args, training_args)
+    if isinstance(training_args, DistillArguments):
+        training_args.check_texts(data_args.num_negatives)
     check_sources(data_args.datasets)
     if training_args.process_index == 0:  # the others read what it makes of them
         for source in data_args.datasets:
@@ -192,14 +194,14 @@ def read_teacher_cache(
     """Has the teacher read its embeddings from `teacher_cache`, which the main process fills.
 
     Raises:
-        ValueError: as `cache_embeddings`.
+        ValueError: as `TeacherCache`.
         TimeoutError: the main process took longer than `ddp_timeout`.
     """
-    folder = Path(training_args.teacher_cache)
     with after_main_process(training_args):
+        cache = TeacherCache(Path(training_args.teacher_cache), teacher.settings)
         if training_args.process_index == 0:
-            cache_embeddings(folder, teacher, blend, collator)
-        teacher.read(folder)
+            cache.fill(teacher, texts_of_run(blend, collator))
+        teacher.cache = cache
 
 
 def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend:

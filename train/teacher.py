@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from nvembed.eval.files import text_id, write_json
 from nvembed.eval.models import LoadedModel
-from nvembed.eval.vectors import MadeFrom, VectorShards, embed_shards, is_finished
+from nvembed.eval.vectors import SHARD_ROWS, MadeFrom, VectorShards, embed_shards, is_finished
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.collator import BatchText, TripletCollator
@@ -74,38 +75,18 @@ class EmbeddingTeacher:
     """
 
     def __init__(self, model: LoadedModel, instruction: str | None = None):
-        self.model, self.instruction, self.cache = model, instruction, None
-
-    def read(self, folder: Path) -> None:
-        """Reads embeddings from a folder that `cache_embeddings` filled, from here on."""
-        self.cache, self.parts = folder, finished_parts(folder)
-        self.starts = np.cumsum([0, *map(len, self.parts)])  # position of each part's first row
-        ids = np.array([int(name) for part in self.parts for name in part.ids()], dtype=np.int64)
-        self.order = np.argsort(ids)
-        self.ids = ids[self.order]
+        self.model, self.instruction = model, instruction
+        self.cache: TeacherCache | None = None  # None: every text is embedded as it comes
 
     def embed(self, batch: dict) -> Tensor:
         """Normalized embeddings of a batch's texts, fp32 `[texts, width]`.
 
         Raises:
-            ValueError: a text is not in the cache.
+            ValueError: as `TeacherCache.look_up`.
         """
         device = batch["chunks"][0]["input_ids"].device
-        embeddings = self.embed_texts(batch["texts"]) if self.cache is None else self._look_up(batch["texts"])
-        return F.normalize(torch.from_numpy(embeddings), dim=-1).to(device)
-
-    def _look_up(self, texts: Sequence[BatchText]) -> np.ndarray:
-        wanted = np.array([cache_id(text) for text in texts], dtype=np.int64)
-        places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
-        if (missing := np.flatnonzero(self.ids[places] != wanted)).size:
-            raise ValueError(f"teacher_cache {self.cache} has no {texts[missing[0]].text[:80]!r}")
-        rows = self.order[places]
-        result = np.empty((len(texts), self.parts[0].width), dtype=np.float32)
-        for part, start in zip(self.parts, self.starts):
-            here = (start <= rows) & (rows < start + len(part))
-            if here.any():
-                result[here] = part[rows[here] - start]
-        return result
+        embed = self.embed_texts if self.cache is None else self.cache.look_up
+        return F.normalize(torch.from_numpy(embed(batch["texts"])), dim=-1).to(device)
 
     def prefix(self, text: BatchText) -> str:
         """What the teacher reads before a text: its own prompt for its role, or the instruction."""
@@ -114,6 +95,15 @@ class EmbeddingTeacher:
         if self.instruction is not None and (text.is_query or text.instruction):
             return format_instruction(self.instruction)
         return text.instruction
+
+    @property
+    def settings(self) -> dict:
+        """What its embeddings follow from, but for the texts: fields of `MadeFrom`."""
+        instruction = OWN_INSTRUCTION if self.instruction is None else self.instruction
+        return {
+            "model": self.model.name, "revision": self.model.revision, "instruction": instruction,
+            "max_length": self.model.max_length,
+        }  # fmt: skip
 
     def embed_texts(self, texts: Sequence[BatchText]) -> np.ndarray:
         """Embeddings as the teacher gives them, fp32 `[texts, width]`."""
@@ -142,49 +132,76 @@ def texts_of_run(blend: Blend, collator: TripletCollator) -> Iterator[BatchText]
                     yield text
 
 
-def cache_embeddings(folder: Path, teacher: EmbeddingTeacher, blend: Blend, collator: TripletCollator) -> None:
-    """Embeds every text of a run that no earlier run has had embedded; continues where it stopped.
+class TeacherCache:
+    """A teacher's embeddings in a folder: of one run's texts, and of what further runs have added to them.
 
-    Each run's are a part of the folder, shards as `embed_corpus.py` writes them.
+    Each run's new texts are subfolders of shards as `embed_corpus.py` writes them. One run at a time can add to it.
+
+    Args:
+        settings: `EmbeddingTeacher.settings`; the folder is marked as theirs before anything is in it.
 
     Raises:
         ValueError: the folder was filled or begun by another teacher or revision, with another instruction, or at
             another length.
     """
-    model = teacher.model
-    instruction = OWN_INSTRUCTION if teacher.instruction is None else teacher.instruction
-    settings = {
-        "model": model.name, "revision": model.revision, "instruction": instruction, "max_length": model.max_length,
-    }  # fmt: skip
-    claim_cache(folder, settings)
-    known = {name for part in finished_parts(folder) for name in part.ids()}
-    missing = [text for text in texts_of_run(blend, collator) if str(cache_id(text)) not in known]
-    if missing:
-        ids = [str(cache_id(text)) for text in missing]
-        digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-        made_from = MadeFrom(**settings, texts=digest)
-        embed_shards(lambda part, _: teacher.embed_texts(part), ids, missing, folder / digest, made_from)
 
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.settings = folder, settings
+        self._claim()
+        self.load()
 
-def finished_parts(folder: Path) -> list[VectorShards]:
-    return [VectorShards(part) for part in sorted(folder.iterdir()) if part.is_dir() and is_finished(part)]
+    def load(self) -> None:
+        """Reads which texts the folder has."""
+        folders = [self.folder, *sorted(path for path in self.folder.iterdir() if path.is_dir())]
+        self.parts = [VectorShards(folder) for folder in folders if is_finished(folder)]
+        for part in self.parts:
+            self._check(part.folder, asdict(part.made_from))
+        self.starts = np.cumsum([0, *map(len, self.parts)])  # position of each part's first row
+        ids = np.array([int(name) for part in self.parts for name in part.ids()], dtype=np.int64)
+        self.order = np.argsort(ids)
+        self.ids = ids[self.order]
 
+    def fill(self, teacher: EmbeddingTeacher, texts: Iterable[BatchText]) -> None:
+        """Embeds the texts that the folder lacks; stopped, it has kept all but the last `SHARD_ROWS`."""
+        known = set(self.ids.tolist())
+        missing = list({number: text for text in texts if (number := cache_id(text)) not in known}.items())
+        for start in range(0, len(missing), SHARD_ROWS):
+            rows = missing[start : start + SHARD_ROWS]
+            ids, here = [str(number) for number, _ in rows], [text for _, text in rows]
+            digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+            made_from = MadeFrom(**self.settings, texts=digest)
+            embed_shards(lambda part, _: teacher.embed_texts(part), ids, here, self.folder / digest, made_from)
+        self.load()
 
-def claim_cache(folder: Path, settings: dict) -> None:
-    """Marks a folder as this teacher's, read with these settings, before anything is in it.
+    def look_up(self, texts: Sequence[BatchText]) -> np.ndarray:
+        """Embeddings as the teacher gives them, fp32 `[texts, width]`.
 
-    Raises:
-        ValueError: it is another's.
-    """
-    file = folder / "made_from.json"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"teacher_cache {folder} was made with {name} {before.get(name)!r}, and this run has {value!r}: name "
-                "another folder, or remove it"
-            )
+        Raises:
+            ValueError: a text is not in the cache.
+        """
+        wanted = np.array([cache_id(text) for text in texts], dtype=np.int64)
+        places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
+        if (missing := np.flatnonzero(self.ids[places] != wanted)).size:
+            raise ValueError(f"teacher_cache {self.folder} has no {texts[missing[0]].text[:80]!r}")
+        rows = self.order[places]
+        result = np.empty((len(texts), self.parts[0].width), dtype=np.float32)
+        for part, start in zip(self.parts, self.starts):
+            here = (start <= rows) & (rows < start + len(part))
+            result[here] = part[rows[here] - start]
+        return result
+
+    def _claim(self) -> None:
+        file = self.folder / "made_from.json"
+        if file.is_file():
+            self._check(self.folder, json.loads(file.read_text(encoding="utf-8")))
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, self.settings)
+
+    def _check(self, folder: Path, made_from: Mapping) -> None:
+        for name, value in self.settings.items():
+            if made_from.get(name) != value:
+                raise ValueError(
+                    f"teacher_cache: {folder} was made with {name} {made_from.get(name)!r}, and this run has "
+                    f"{value!r}: name another folder, or remove {folder}"
+                )

@@ -2,11 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from nvembed import NVEmbedModel
+from nvembed.eval.files import write_json
 from nvembed.eval.models import LoadedModel, load_model
+from nvembed.texts_nvembed import format_instruction
 from nvembed.train import distillation
+from nvembed.train import teacher as teacher_module
 from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.blend import Blend
@@ -30,8 +33,8 @@ from nvembed.train.distillation import (
     states_error,
 )
 from nvembed.train.gradient_cache import embed_and_observe
-from nvembed.train.losses import TeacherScores, contrast
-from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, cache_embeddings
+from nvembed.train.losses import NO_TEXT, TeacherScores, contrast
+from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, TeacherCache, cache_id, texts_of_run
 from tests.conftest import SENTENCES, randomize
 from tests.train.test_processes import FSDP2, TORCHRUN
 from tests.triplets import prepare, write_jsonl
@@ -151,35 +154,32 @@ def test_scores_are_a_kullback_leibler_divergence_over_the_candidates(in_batch_n
     assert queries.grad.isfinite().all() and queries.grad.abs().max() > 0
 
 
-def test_similarities_are_a_kullback_leibler_divergence_over_all_other_texts(tmp_path):
+def test_similarities_are_a_kullback_leibler_divergence_over_all_other_texts():
     torch.manual_seed(0)
-    ours, theirs = F.normalize(torch.randn(6, 8), dim=-1).requires_grad_(), F.normalize(torch.randn(6, 4), dim=-1)
+    ours, theirs = F.normalize(torch.randn(8, 8), dim=-1).requires_grad_(), F.normalize(torch.randn(8, 4), dim=-1)
+    ids = torch.tensor([5, 7, 9, 7, NO_TEXT, 3, 2, 5])  # two texts again, and an empty slot
+    texts = [0, 1, 2, 5, 6]
 
     def expected(ours):
         total = 0.0
-        for row in range(6):
-            others = [column for column in range(6) if column != row]
+        for row in texts:
             log_p, log_q = (
-                torch.stack([texts[row] @ texts[column] / 0.1 for column in others]).double().log_softmax(0)
-                for texts in (theirs, ours)
+                torch.stack([side[row] @ side[other] / 0.1 for other in texts if other != row]).double().log_softmax(0)
+                for side in (theirs, ours)
             )
-            total += (log_p.exp() * (log_p - log_q)).sum().item() / 6
+            total += (log_p.exp() * (log_p - log_q)).sum().item() / len(texts)
         return total
 
-    found = similarity_divergence(ours, theirs, 0.1)
-    assert found.shape == (6,) and found.mean().item() == pytest.approx(expected(ours), rel=1e-4)
-    found.sum().backward()
-    assert ours.grad.isfinite().all() and ours.grad.abs().max() > 0
-    assert similarity_divergence(ours[:1], theirs[:1], 0.1).tolist() == [0.0]
-
-    options = {"matryoshka_dims": [2, 5], "matryoshka_weights": [1.0, 0.5], "teacher_temperature": 0.1}
-    args = arguments(tmp_path, kd_losses=["similarities"], **options)
-    distillation = Distillation(args, SimpleNamespace(embed=lambda batch: theirs))
-    weighted = sum(
-        weight * expected(F.normalize(ours[:, :width], dim=-1)) for width, weight in ((8, 1), (2, 1), (5, 0.5))
-    )
-    part = distillation.losses({}, ours, None, SimpleNamespace(divergence=None))["similarities"]
-    assert part.item() == pytest.approx(weighted / 2.5, rel=1e-4)
+    found = similarity_divergence(ours, theirs, ids, 0.1)
+    assert found.item() == pytest.approx(expected(ours), rel=1e-4)
+    found.backward()
+    assert ours.grad.isfinite().all() and (ours.grad.abs().amax(1) > 0).nonzero().flatten().tolist() == texts
+    prefixes = {2: 1.0, 5: 0.5}
+    weighted = expected(ours) + sum(w * expected(F.normalize(ours[:, :n], dim=-1)) for n, w in prefixes.items())
+    found = similarity_divergence(ours, theirs, ids, 0.1, prefixes)
+    assert found.item() == pytest.approx(weighted / 2.5, rel=1e-4)
+    alone = similarity_divergence(ours[[1, 3]], theirs[[1, 3]], ids[[1, 3]], 0.1)
+    assert alone.item() == 0 and alone.requires_grad
 
 
 @pytest.mark.parametrize("distance", ["cosine", "mse"])
@@ -201,37 +201,64 @@ def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(student, tea
     blend = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
     collator = TripletCollator(student.tokenizer, student.config, 32, 1)
     teacher, folder = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), tmp_path / "cache"
-    cache_embeddings(folder, teacher, blend, collator)
     expected = teacher.embed(batch)
-    teacher.read(folder)
+    teacher.cache = TeacherCache(folder, teacher.settings)
+    teacher.cache.fill(teacher, texts_of_run(blend, collator))
     model, teacher.model = teacher.model, None  # not asked any more
     assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
-    (first,) = folder.glob("*/00000/vectors.npy")
-    stamp = first.stat().st_mtime_ns
-    teacher.model = model
-    cache_embeddings(folder, teacher, blend, collator)
-    assert list(folder.glob("*/00000/vectors.npy")) == [first] and first.stat().st_mtime_ns == stamp
+    TeacherCache(folder, teacher.cache.settings).fill(teacher, texts_of_run(blend, collator))
     batch["texts"][0] = BatchText("", "a text that is nowhere", True)
     with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
         teacher.embed(batch)
-    more = Blend([prepare([DatasetSource(data, instruction=name)], 1) for name in ("Find it", "Another")], 8)
-    cache_embeddings(folder, teacher, more, collator)  # of a later run, which embeds its new texts alone
-    (second,) = set(folder.glob("*/00000")) - {first.parent}
-    both = [set(json.loads((part / "ids.json").read_text())) for part in (first.parent, second)]
-    assert all(both) and not both[0] & both[1] and first.stat().st_mtime_ns == stamp
-    mixed = collator([row for table in more.tables for row in table.select(range(2))])
-    expected = EmbeddingTeacher(model).embed(mixed)
-    reader = EmbeddingTeacher(model)
-    reader.read(folder)
-    reader.model = None
-    assert torch.allclose(reader.embed(mixed), expected, atol=1e-6)
     with pytest.raises(ValueError, match="was made with instruction"):
-        cache_embeddings(folder, EmbeddingTeacher(model, "Look for it"), blend, collator)
+        TeacherCache(folder, EmbeddingTeacher(model, "Look for it").settings)
     randomize(student, seed=3)
     teacher_dir.rename(tmp_path / "before")
     student.save_pretrained(teacher_dir)
+    other = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)).settings
     with pytest.raises(ValueError, match="was made with revision"):
-        cache_embeddings(folder, EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), blend, collator)
+        TeacherCache(folder, other)
+    (folder / "made_from.json").unlink()
+    with pytest.raises(ValueError, match=r"cache/\w{16} was made with revision"):
+        TeacherCache(folder, other)
+
+
+def test_a_cache_serves_later_runs_which_add_what_it_lacks(student, teacher_dir, data, tmp_path, monkeypatch):
+    first = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
+    both = Blend([prepare([DatasetSource(data, instruction=name)], 1) for name in ("Find it", "Another")], 8)
+    collator, folder = TripletCollator(student.tokenizer, student.config, 32, 1), tmp_path / "cache"
+    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
+    cache = TeacherCache(folder, teacher.settings)
+    cache.fill(teacher, texts_of_run(first, collator))
+    (part,) = (path for path in folder.iterdir() if path.is_dir())
+    ids, layout = set(cache.ids), tmp_path / "older"  # which had one run's shards and no folder for them
+    shutil.copytree(part, layout)
+    write_json(layout / "made_from.json", asdict(cache.parts[0].made_from))
+    assert set(TeacherCache(layout, teacher.settings).ids) == ids
+
+    monkeypatch.setattr(teacher_module, "SHARD_ROWS", 3)
+    embedded, embed = [], teacher.embed_texts
+
+    def stop_in_the_second_part(texts):
+        embedded.append(texts)
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        return embed(texts)
+
+    monkeypatch.setattr(teacher, "embed_texts", stop_in_the_second_part)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(teacher, texts_of_run(both, collator))
+    cache = TeacherCache(folder, teacher.settings)
+    assert set(cache.ids) == ids | set(map(cache_id, embedded[0])) and len(embedded[0]) == 3
+    cache.fill(teacher, texts_of_run(both, collator))
+    new = [text for texts in (embedded[0], *embedded[2:]) for text in texts]
+    assert {text.instruction for text in new if text.is_query} == {format_instruction("Another")}
+    assert len(cache.ids) == len(ids) + len(new) == len(set(cache.ids))
+
+    batch = collator([row for table in both.tables for row in table.select(range(2))])
+    expected = EmbeddingTeacher(teacher.model).embed(batch)
+    teacher.cache = cache
+    assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
 
 
 def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tmp_path):
@@ -247,10 +274,11 @@ def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tm
     blend = Blend([prepare([DatasetSource(path, instruction="Find it", symmetric=True)], 2)], 8)
     collator = TripletCollator(student.tokenizer, student.config, 32, 1, false_negative_margin=0.1)
     teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
-    cache_embeddings(tmp_path / "cache", teacher, blend, collator)
+    cache = TeacherCache(tmp_path / "cache", teacher.settings)
+    cache.fill(teacher, texts_of_run(blend, collator))
     batches = [collator([blend[i], blend[j]]) for i in range(8) for j in range(8) if i != j]
     expected = [teacher.embed(batch) for batch in batches[:3]]
-    teacher.read(tmp_path / "cache")
+    teacher.cache = cache
     found = [teacher.embed(batch) for batch in batches]
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(expected, found))
 
@@ -338,7 +366,9 @@ def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_pat
         ({"kd_losses": ["logits"]}, "states, scores, similarities, embeddings"),
         ({"kd_losses": []}, "states, scores, similarities, embeddings"),
         ({"teacher_cache": "x"}, "leave one out"),
-        ({"teacher_temperature": 0.1}, "kd_losses has no scores or similarities"),
+        ({"teacher_temperature": 0.1}, "kd_losses has no scores"),
+        ({"similarity_temperature": 0.1}, "kd_losses has no similarities"),
+        ({"kd_losses": ["similarities"], "similarity_temperature": 0.0}, "similarity_temperature is 0.0"),
         ({"embedding_distance": "mse"}, "kd_losses has no embeddings"),
         ({"kd_losses": ["scores"], "states_error": "absolute"}, "kd_losses has no states"),
         ({"teacher_instruction": "Find it"}, "leave one out"),
@@ -374,7 +404,7 @@ def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8, en
     [
         ["--kd_losses", "embeddings", "--teacher_cache", "CACHE", "--contrastive_weight", "0"],
         ["--matryoshka_dims", "8", "16", "--matryoshka_weights", "1", "0.5", "--kd_losses", "scores", "states"],
-        ["--teacher_temperature", "0.05", "--kd_losses", "similarities", "--contrastive_weight", "0"],
+        ["--similarity_temperature", "0.1", "--kd_losses", "similarities", "--contrastive_weight", "0"],
     ],
 )
 def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, data, tmp_path, options):
@@ -398,11 +428,11 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, d
 @pytest.mark.slow
 def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path):
     student.save_pretrained(tmp_path / "student")
-    options = ["--kd_losses", "states", "scores", "--in_batch_negatives", "true"]
+    options = ["--kd_losses", "states", "scores", "similarities", "--in_batch_negatives", "true"]
     launcher = ["-m", *TORCHRUN]
     one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
     two = distil(tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, launcher=launcher, rows=4)
-    for name in ("loss", "kd/scores"):
+    for name in ("loss", "kd/scores", "kd/similarities"):
         losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
 
