@@ -72,8 +72,9 @@ class Distillation:
         if "similarities" in self.args.kd_losses:
             places = torch.cat([batch["query_index"], batch["passage_index"].flatten()])
             ids = torch.cat([batch["query_ids"], batch["passage_ids"].flatten()])
+            is_query = torch.arange(len(ids), device=ids.device) < len(batch["query_ids"])
             theirs, temperature = self._embed(batch)[places], self.args.similarity_temperature or SIMILARITY_TEMPERATURE
-            part = similarity_divergence(embeddings[places], theirs, ids, temperature, self.args.matryoshka)
+            part = similarity_divergence(embeddings[places], theirs, ids, is_query, temperature, self.args.matryoshka)
             parts["similarities"] = part
         if "embeddings" in self.args.kd_losses:
             theirs = self._embed(batch).to(embeddings.dtype)
@@ -101,45 +102,51 @@ def states_error(ours: Tensor, theirs: Tensor, is_relative: bool) -> Tensor:
 
 
 def similarity_divergence(
-    ours: Tensor, theirs: Tensor, ids: Tensor, temperature: float, prefixes: Mapping[int, float] | None = None
+    ours: Tensor,
+    theirs: Tensor,
+    ids: Tensor,
+    is_query: Tensor,
+    temperature: float,
+    prefixes: Mapping[int, float] | None = None,
 ) -> Tensor:
     """How far a student's similarities of texts are from the teacher's; the embeddings may differ in width.
 
     The Kullback-Leibler divergence of the softmax over each text's cosines / `temperature` with all other texts of the
-    batch, on all processes; equal texts count once. It still teaches where all negatives have become easy and the
-    contrastive loss is near 0. Not in the paper; relational distillation (Park et al., arXiv 1904.05068) compares
-    distances likewise. Takes memory for the square of the texts.
+    batch, on all processes. Equal queries, and equal passages, count once; a text is not compared with itself in the
+    other role. It still teaches where all negatives have become easy and the contrastive loss is near 0. Not in the
+    paper; relational distillation (Park et al., arXiv 1904.05068) compares distances likewise. Takes memory for the
+    square of the texts.
 
     Each process returns the share of its own texts, so that the mean over processes is the mean over texts.
 
     Args:
         ours, theirs: L2-normalized, `[texts, width]`; as many texts on every process.
-        ids: of the texts, `[texts]`; `NO_TEXT` in empty slots.
+        ids: of the texts (`nvembed.eval.files.text_id`), `[texts]`; `NO_TEXT` in empty slots.
+        is_query: which are queries, `[texts]`.
         temperature: divisor of both models' cosines.
         prefixes: number of the student's dimensions -> weight, as in `matryoshka_contrast`.
 
     Returns:
-        A scalar; 0 if there is but one text.
+        A scalar; a text that has no other to be compared with adds 0.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-    all_ids = gather(ids)
-    counted = is_first(all_ids) & (all_ids != NO_TEXT)
-    start, columns = rank * len(ids), counted.nonzero()
-    own = counted[start : start + len(ids)]
-    is_itself = start + own.nonzero() == columns.T
+    all_ids, all_queries = gather(ids), gather(is_query)
+    counted = torch.where(all_queries, is_first(all_ids, all_queries), is_first(all_ids, ~all_queries))
+    counted &= all_ids != NO_TEXT
+    own = counted[rank * len(ids) : (rank + 1) * len(ids)]
+    is_same = ids[own][:, None] == all_ids[counted]
+    hidden = is_same & ~is_same.all(1, keepdim=True)  # a softmax over nothing is no number, nor are its gradients
 
     def log_probabilities(embeddings: Tensor) -> Tensor:
         cosines = embeddings[own] @ gather(embeddings)[counted].T
-        return (cosines.float() / temperature).masked_fill(is_itself, float("-inf")).log_softmax(-1)
+        return (cosines.float() / temperature).masked_fill(hidden, float("-inf")).log_softmax(-1)
 
-    if len(columns) < 2:
-        return ours.sum() * 0
     target = log_probabilities(theirs)
 
     def divergence(embeddings: Tensor) -> Tensor:
-        # Of a text and itself, both are -inf, whose difference is not 0.
-        gap = (target - log_probabilities(embeddings)).masked_fill(is_itself, 0.0)
-        return (target.exp() * gap).sum() * processes / len(columns)
+        # Of equal texts, both are -inf, whose difference is not 0.
+        gap = (target - log_probabilities(embeddings)).masked_fill(is_same, 0.0)
+        return (target.exp().masked_fill(is_same, 0.0) * gap).sum() * processes / counted.sum()
 
     prefixes = prefixes or {}
     total = divergence(ours)
@@ -148,11 +155,11 @@ def similarity_divergence(
     return total / (1 + sum(prefixes.values()))
 
 
-def is_first(ids: Tensor) -> Tensor:
-    """Whether no earlier id is the same, `[ids]` -> bool `[ids]`."""
+def is_first(ids: Tensor, among: Tensor) -> Tensor:
+    """Whether no earlier one of those `among` has the same id, `[ids]` -> bool `[ids]`; False for the rest."""
     distinct, inverse = ids.unique(return_inverse=True)
     places = torch.arange(len(ids), device=ids.device)
-    first = places.new_full((len(distinct),), len(ids)).scatter_reduce(0, inverse, places, "amin")
+    first = places.new_full((len(distinct),), len(ids)).scatter_reduce(0, inverse[among], places[among], "amin")
     return first[inverse] == places
 
 
