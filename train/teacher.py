@@ -171,7 +171,8 @@ class TeacherCache:
             digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
             made_from = MadeFrom(**self.settings, texts=digest)
             embed_shards(lambda part, _: teacher.embed_texts(part), ids, here, self.folder / digest, made_from)
-        self.load()
+        if missing:
+            self.load()
 
     def look_up(self, texts: Sequence[BatchText]) -> np.ndarray:
         """Embeddings as the teacher gives them, fp32 `[texts, width]`.
