@@ -70,19 +70,31 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
+        FileExistsError: `output_dir` holds checkpoints, but the run would start anew or from one in another folder,
+            and in time replace them.
     """
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
+        if last is not None:
+            raise FileExistsError(
+                f"{last} is of a run that did not finish: resume it with --resume_from_checkpoint true, or, to start "
+                "anew, name another --output_dir or move its checkpoints away"
+            )
         return None
     if str(resume_from_checkpoint).lower() == "true":  # a string from the command line, a bool from a recipe
-        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if found is None:
+        if last is None:
             raise FileNotFoundError(
                 f"{output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start anew"
             )
-        return found
+        return last
     if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from_checkpoint} is no training checkpoint: no {TRAINER_STATE_NAME}"
+        )
+    if last is not None and Path(resume_from_checkpoint).resolve().parent != Path(output_dir).resolve():
+        raise FileExistsError(
+            f"{last} is not of the run that --resume_from_checkpoint {resume_from_checkpoint} resumes: name another "
+            "--output_dir or move its checkpoints away"
         )
     return str(resume_from_checkpoint)
 

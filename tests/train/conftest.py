@@ -1,8 +1,14 @@
-"""Small raw data sets, and a small task."""
+"""Small raw data sets, a small task, and a student beside its teacher."""
+
+from pathlib import Path
 
 import pytest
 
-from tests.triplets import write_jsonl
+from nvembed import NVEmbedModel
+from nvembed.train.collator import TripletCollator
+from nvembed.train.data.source import DatasetSource
+from tests.conftest import SENTENCES, randomize
+from tests.triplets import prepare, write_jsonl
 
 
 @pytest.fixture
@@ -58,3 +64,32 @@ def tasks_file(tmp_path, halves):
     file = tmp_path / "tasks.yaml"
     file.write_text("tasks: [{type: Retrieval, path: halves, instruction: Complete}]")
     return file
+
+
+@pytest.fixture
+def teacher_dir(model, tmp_path) -> Path:
+    """The tiny checkpoint with random latents, saved."""
+    model.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def student(teacher_dir) -> NVEmbedModel:
+    """The teacher, moved a little."""
+    student = NVEmbedModel.from_pretrained(teacher_dir)
+    randomize(student, std=0.05, seed=2)
+    return student
+
+
+@pytest.fixture
+def triplets_file(tmp_path) -> str:
+    """Each sentence finds itself in lower case, beside another as a negative."""
+    rows = [{"query": t, "positive": t.lower(), "negatives": [SENTENCES[i - 1]]} for i, t in enumerate(SENTENCES)]
+    return write_jsonl(tmp_path / "triplets.jsonl", rows)
+
+
+@pytest.fixture
+def batch(student, triplets_file) -> dict:
+    """Of `triplets_file`, as the student reads it."""
+    rows = prepare([DatasetSource(triplets_file, instruction="Find it")], 1)
+    return TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=40)(list(rows))

@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,10 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from nvembed import NVEmbedModel
-from nvembed.eval.files import write_json
 from nvembed.eval.models import LoadedModel, load_model
-from nvembed.texts_nvembed import format_instruction
 from nvembed.train import distillation
-from nvembed.train import teacher as teacher_module
-from nvembed.train.collator import BatchText, TripletCollator
+from nvembed.train.collator import TripletCollator
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
-from nvembed.train.data.blend import Blend
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.distill_arguments import DistillArguments
 from nvembed.train.distillation import (
@@ -34,40 +28,13 @@ from nvembed.train.distillation import (
 )
 from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.losses import NO_TEXT, TeacherScores, contrast
-from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher, TeacherCache, cache_id, texts_of_run
-from tests.conftest import SENTENCES, randomize
+from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
+from tests.conftest import SENTENCES
 from tests.train.test_processes import FSDP2, TORCHRUN
-from tests.triplets import prepare, write_jsonl
+from tests.triplets import prepare
 
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def teacher_dir(model, tmp_path) -> Path:
-    """The tiny checkpoint with random latents, saved."""
-    model.save_pretrained(tmp_path / "teacher")
-    return tmp_path / "teacher"
-
-
-@pytest.fixture
-def student(teacher_dir) -> NVEmbedModel:
-    """The teacher, moved a little."""
-    student = NVEmbedModel.from_pretrained(teacher_dir)
-    randomize(student, std=0.05, seed=2)
-    return student
-
-
-@pytest.fixture
-def data(tmp_path) -> str:
-    rows = [{"query": t, "positive": t.lower(), "negatives": [SENTENCES[i - 1]]} for i, t in enumerate(SENTENCES)]
-    return write_jsonl(tmp_path / "triplets.jsonl", rows)
-
-
-@pytest.fixture
-def batch(student, data) -> dict:
-    rows = prepare([DatasetSource(data, instruction="Find it")], 1)
-    return TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=40)(list(rows))
 
 
 def arguments(tmp_path, **options) -> DistillArguments:
@@ -105,8 +72,8 @@ def contrast_of(embeddings, batch, teacher=None, **options):
     return contrast(embeddings[batch["query_index"]], passages, *ids, teacher=teacher, **options)
 
 
-def test_gradients_do_not_depend_on_the_chunks(student, teacher_dir, data, tmp_path):
-    rows = list(prepare([DatasetSource(data, instruction="Find it")], 1))
+def test_gradients_do_not_depend_on_the_chunks(student, teacher_dir, triplets_file, tmp_path):
+    rows = list(prepare([DatasetSource(triplets_file, instruction="Find it")], 1))
     gradients = []
     for tokens in (None, 40):
         batch = TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=tokens)(rows)
@@ -118,9 +85,9 @@ def test_gradients_do_not_depend_on_the_chunks(student, teacher_dir, data, tmp_p
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_a_student_that_is_its_teacher_lacks_nothing(teacher_dir, data, tmp_path):
+def test_a_student_that_is_its_teacher_lacks_nothing(teacher_dir, triplets_file, tmp_path):
     student = NVEmbedModel.from_pretrained(teacher_dir)
-    rows = list(prepare([DatasetSource(data, instruction="Find it")], 1))
+    rows = list(prepare([DatasetSource(triplets_file, instruction="Find it")], 1))
     batch = TripletCollator(student.tokenizer, student.config, 32, 1)(rows)
     args = arguments(tmp_path, kd_losses=["states", "scores", "similarities", "embeddings"])
     distillation = Distillation(args, StatesTeacher(str(teacher_dir), None, student), [0, 1])
@@ -201,108 +168,6 @@ def test_embeddings_are_compared_text_by_text(student, teacher_dir, batch, tmp_p
     assert part.item() == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=1e-6)
 
 
-def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(student, teacher_dir, data, batch, tmp_path):
-    blend = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
-    collator = TripletCollator(student.tokenizer, student.config, 32, 1)
-    teacher, folder = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), tmp_path / "cache"
-    expected = teacher.embed(batch)
-    teacher.cache = TeacherCache(folder, teacher.settings)
-    teacher.cache.fill(teacher, texts_of_run(blend, collator))
-    model, teacher.model = teacher.model, None  # not asked any more
-    assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
-    TeacherCache(folder, teacher.cache.settings).fill(teacher, texts_of_run(blend, collator))
-    batch["texts"][0] = BatchText("", "a text that is nowhere", True)
-    with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
-        teacher.embed(batch)
-    with pytest.raises(ValueError, match="was made with instruction"):
-        TeacherCache(folder, EmbeddingTeacher(model, "Look for it").settings)
-    randomize(student, seed=3)
-    teacher_dir.rename(tmp_path / "before")
-    student.save_pretrained(teacher_dir)
-    other = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)).settings
-    with pytest.raises(ValueError, match="was made with revision"):
-        TeacherCache(folder, other)
-    (folder / "made_from.json").unlink()
-    with pytest.raises(ValueError, match=r"cache/\w{16} was made with revision"):
-        TeacherCache(folder, other)
-
-
-def test_a_cache_serves_later_runs_which_add_what_it_lacks(student, teacher_dir, data, tmp_path, monkeypatch):
-    first = Blend([prepare([DatasetSource(data, instruction="Find it")], 1)], 8)
-    both = Blend([prepare([DatasetSource(data, instruction=name)], 1) for name in ("Find it", "Another")], 8)
-    collator, folder = TripletCollator(student.tokenizer, student.config, 32, 1), tmp_path / "cache"
-    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
-    cache = TeacherCache(folder, teacher.settings)
-    cache.fill(teacher, texts_of_run(first, collator))
-    (part,) = (path for path in folder.iterdir() if path.is_dir())
-    ids, layout = set(cache.ids), tmp_path / "older"  # which had one run's shards and no folder for them
-    shutil.copytree(part, layout)
-    write_json(layout / "made_from.json", asdict(cache.parts[0].made_from))
-    assert set(TeacherCache(layout, teacher.settings).ids) == ids
-
-    monkeypatch.setattr(teacher_module, "SHARD_ROWS", 3)
-    embedded, embed = [], teacher.embed_texts
-
-    def stop_in_the_second_part(texts):
-        embedded.append(texts)
-        if len(embedded) == 2:
-            raise KeyboardInterrupt
-        return embed(texts)
-
-    monkeypatch.setattr(teacher, "embed_texts", stop_in_the_second_part)
-    with pytest.raises(KeyboardInterrupt):
-        cache.fill(teacher, texts_of_run(both, collator))
-    cache = TeacherCache(folder, teacher.settings)
-    assert set(cache.ids) == ids | set(map(cache_id, embedded[0])) and len(embedded[0]) == 3
-    cache.fill(teacher, texts_of_run(both, collator))
-    new = [text for texts in (embedded[0], *embedded[2:]) for text in texts]
-    assert {text.instruction for text in new if text.is_query} == {format_instruction("Another")}
-    assert len(cache.ids) == len(ids) + len(new) == len(set(cache.ids))
-
-    batch = collator([row for table in both.tables for row in table.select(range(2))])
-    expected = EmbeddingTeacher(teacher.model).embed(batch)
-    teacher.cache = cache
-    assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
-
-
-def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tmp_path):
-    """With surplus negatives that move up where others are left out, and texts on both sides of a symmetric set."""
-    rows = [
-        {
-            "query": text, "positive": SENTENCES[i - 1], "negatives": [SENTENCES[i - 2], SENTENCES[i - 3]],
-            "positive_score": 0.5, "negative_scores": [0.9, 0.1],
-        }
-        for i, text in enumerate(SENTENCES)
-    ]  # fmt: skip
-    path = write_jsonl(tmp_path / "scored.jsonl", rows)
-    blend = Blend([prepare([DatasetSource(path, instruction="Find it", symmetric=True)], 2)], 8)
-    collator = TripletCollator(student.tokenizer, student.config, 32, 1, false_negative_margin=0.1)
-    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
-    cache = TeacherCache(tmp_path / "cache", teacher.settings)
-    cache.fill(teacher, texts_of_run(blend, collator))
-    batches = [collator([blend[i], blend[j]]) for i in range(8) for j in range(8) if i != j]
-    expected = [teacher.embed(batch) for batch in batches[:3]]
-    teacher.cache = cache
-    found = [teacher.embed(batch) for batch in batches]
-    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(expected, found))
-
-
-def test_a_teacher_reads_its_own_prompts_or_instructions(teacher_dir):
-    query, passage = BatchText("", "a", True), BatchText("", "b", False)
-    symmetric = BatchText("Instruct: Compare\nQuery: ", "b", False)
-    prompted = replace(load_model(str(teacher_dir)), prompts={"query": "Q: ", "document": "D: ", "default": ""})
-    assert [EmbeddingTeacher(prompted).prefix(text) for text in (query, passage, symmetric)] == ["Q: ", "D: ", "D: "]
-    instructed = load_model(str(teacher_dir))
-    assert [EmbeddingTeacher(instructed).prefix(t) for t in (query, passage, symmetric)] == [
-        "",
-        "",
-        symmetric.instruction,
-    ]
-    of_its_own = EmbeddingTeacher(instructed, "Search")
-    expected = ["Instruct: Search\nQuery: ", "", "Instruct: Search\nQuery: "]
-    assert [of_its_own.prefix(text) for text in (query, passage, symmetric)] == expected
-
-
 def test_layers_are_mapped(student, model):
     assert match_layers(student, model, None) == [0, 1]
     assert match_layers(student, model, [1, 1]) == [1, 1]
@@ -341,16 +206,6 @@ def test_states_error_of_equal_states_is_zero():
     x = torch.randn(4, 8)
     assert states_error(x, x, True).tolist() == [0] * 4
     assert torch.allclose(states_error(2 * x, x, True), torch.ones(4))
-
-
-def test_teachers_without_a_common_measure_are_refused(student, teacher_dir, tmp_path):
-    student.config.add_eos = not student.config.add_eos
-    with pytest.raises(ValueError, match="reads texts as other tokens"):
-        StatesTeacher(str(teacher_dir), None, student)
-    student.config.add_eos = not student.config.add_eos
-    student.config.text_config.hidden_size = 16
-    with pytest.raises(ValueError, match="are 32 wide and the student's 16"):
-        StatesTeacher(str(teacher_dir), None, student)
 
 
 def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_path, monkeypatch):
@@ -411,10 +266,10 @@ def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8, en
         ["--similarity_temperature", "0.1", "--kd_losses", "similarities", "--contrastive_weight", "0"],
     ],
 )
-def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, data, tmp_path, options):
+def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, triplets_file, tmp_path, options):
     student.save_pretrained(tmp_path / "student")
     options = [str(tmp_path / "cache") if option == "CACHE" else option for option in options]
-    log = distil(tmp_path / "student", teacher_dir, data, tmp_path / "out", *options)
+    log = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "out", *options)
     for part in set(options) & {"states", "scores", "similarities", "embeddings"}:
         parts = [entry[f"kd/{part}"] for entry in log if f"kd/{part}" in entry]
         assert len(parts) == 4 and parts[-1] < parts[0]
@@ -432,12 +287,14 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["states", "similarities"])
-def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path, part):
+def test_two_processes_distil_as_one(student, teacher_dir, triplets_file, tmp_path, part):
     student.save_pretrained(tmp_path / "student")
     options = ["--kd_losses", part, "scores", "--in_batch_negatives", "true"]
     launcher = ["-m", *TORCHRUN]
-    one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
-    two = distil(tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, launcher=launcher, rows=4)
+    one = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "one", *options)
+    two = distil(
+        tmp_path / "student", teacher_dir, triplets_file, tmp_path / "two", *options, launcher=launcher, rows=4
+    )
     for name in ("loss", "kd/scores", f"kd/{part}"):
         losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
@@ -445,7 +302,7 @@ def test_two_processes_distil_as_one(student, teacher_dir, data, tmp_path, part)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use_peft", ["true", "false"])
-def test_shards_of_a_pruned_student_keep_its_zeros(student, teacher_dir, data, tmp_path, use_peft):
+def test_shards_of_a_pruned_student_keep_its_zeros(student, teacher_dir, triplets_file, tmp_path, use_peft):
     """Under FSDP2, in chunks, which the processes have different numbers of: as one process with the whole batch."""
     pattern = Pattern.parse("2:4")
     for module in decoder_matrices(student.embedding_model).values():
@@ -454,9 +311,9 @@ def test_shards_of_a_pruned_student_keep_its_zeros(student, teacher_dir, data, t
     student.save_pretrained(tmp_path / "student")
     options = ["--kd_losses", "states", "scores", "--use_peft", use_peft, "--max_steps", "3", "--logging_steps", "1"]
     sharded = {"launcher": ["-m", *TORCHRUN], "rows": 4, "environment": FSDP2}
-    one = distil(tmp_path / "student", teacher_dir, data, tmp_path / "one", *options)
+    one = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "one", *options)
     two = distil(
-        tmp_path / "student", teacher_dir, data, tmp_path / "two", *options, "--chunk_tokens", "40",
+        tmp_path / "student", teacher_dir, triplets_file, tmp_path / "two", *options, "--chunk_tokens", "40",
         "--ddp_backend=gloo", **sharded,
     )  # fmt: skip
     losses = [[entry["kd/scores"] for entry in log if "kd/scores" in entry] for log in (one, two)]
