@@ -28,7 +28,7 @@ VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_
 
 logger = logging.get_logger(__name__)
 
-# Up to here, torch's attention and its gradient on a CPU are faster in fp32 than in bf16 (train/recipes/RESULTS.md).
+# Up to here, torch's attention and its gradient on a CPU are faster in fp32 than in bf16 (eval/speed/RESULTS.md).
 FP32_TOKENS = 256
 
 

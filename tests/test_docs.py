@@ -12,6 +12,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+RESULTS = sorted(path for name in ("train", "eval") for path in (ROOT / name).rglob("*.md"))  # what was measured
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Commands that no test runs as written, by their beginning, and why.
@@ -62,7 +63,7 @@ def test_the_list_of_what_is_not_run_is_up_to_date():
         assert any(command.startswith(beginning) for command in found), beginning
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_local_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):

@@ -70,14 +70,14 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        FileExistsError: `output_dir` holds checkpoints, but the run would start anew or from one in another folder,
-            and in time replace them.
+        FileExistsError: `output_dir` holds checkpoints, but the run would start anew, or from a checkpoint elsewhere,
+            and overwrite them.
     """
     last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if resume_from_checkpoint is None or str(resume_from_checkpoint).lower() == "false":
         if last is not None:
             raise FileExistsError(
-                f"{last} is of a run that did not finish: resume it with --resume_from_checkpoint true, or, to start "
+                f"{last} belongs to an unfinished run: go on from it with --resume_from_checkpoint true or, to start "
                 "anew, name another --output_dir or move its checkpoints away"
             )
         return None
@@ -91,10 +91,11 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from_checkpoint} is no training checkpoint: no {TRAINER_STATE_NAME}"
         )
-    if last is not None and Path(resume_from_checkpoint).resolve().parent != Path(output_dir).resolve():
+    folder = Path(resume_from_checkpoint).absolute().parent  # the checkpoint itself may be a link to another disk
+    if last is not None and folder.resolve() != Path(output_dir).resolve():
         raise FileExistsError(
-            f"{last} is not of the run that --resume_from_checkpoint {resume_from_checkpoint} resumes: name another "
-            "--output_dir or move its checkpoints away"
+            f"{output_dir} already holds {Path(last).name}: go on from it with --resume_from_checkpoint true or, to "
+            f"start from {resume_from_checkpoint}, name another --output_dir or move its checkpoints away"
         )
     return str(resume_from_checkpoint)
 

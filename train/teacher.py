@@ -3,14 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import get_logger
 
 from nvembed.eval.files import text_id, write_json
 from nvembed.eval.models import LoadedModel
@@ -20,6 +23,8 @@ from nvembed.texts_nvembed import format_instruction
 from nvembed.train.collator import BatchText, TripletCollator
 from nvembed.train.data.blend import Blend
 
+
+logger = get_logger(__name__)
 
 OWN_INSTRUCTION = "(each text's own)"  # in the manifest of a cache
 
@@ -135,7 +140,8 @@ def texts_of_run(blend: Blend, collator: TripletCollator) -> Iterator[BatchText]
 class TeacherCache:
     """A teacher's embeddings in a folder: of one run's texts, and of what further runs have added to them.
 
-    Each run's new texts are subfolders of shards as `embed_corpus.py` writes them. One run at a time can add to it.
+    Each run's new texts are subfolders of shards as `embed_corpus.py` writes them. Concurrent runs take turns filling
+    it.
 
     Args:
         settings: `EmbeddingTeacher.settings`; the folder is marked as theirs before anything is in it.
@@ -147,6 +153,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.settings = folder, settings
+        self.lock = FileLock(folder / ".lock", mode=0o664)  # a group may share the folder
         self._claim()
         self.load()
 
@@ -164,14 +171,18 @@ class TeacherCache:
     def fill(self, teacher: EmbeddingTeacher, texts: Iterable[BatchText]) -> None:
         """Embeds the texts that the folder lacks; stopped, it has kept all but the last `SHARD_ROWS`."""
         known = set(self.ids.tolist())
-        missing = list({number: text for text in texts if (number := cache_id(text)) not in known}.items())
-        for start in range(0, len(missing), SHARD_ROWS):
-            rows = missing[start : start + SHARD_ROWS]
-            ids, here = [str(number) for number, _ in rows], [text for _, text in rows]
-            digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-            made_from = MadeFrom(**self.settings, texts=digest)
-            embed_shards(lambda part, _: teacher.embed_texts(part), ids, here, self.folder / digest, made_from)
-        if missing:
+        missing = {number: text for text in texts if (number := cache_id(text)) not in known}
+        if not missing:
+            return
+        with self._turn():
+            self.load()  # what another run has added meanwhile
+            known = set(self.ids.tolist())
+            rows = [(number, text) for number, text in missing.items() if number not in known]
+            for start in range(0, len(rows), SHARD_ROWS):
+                ids, here = zip(*((str(number), text) for number, text in rows[start : start + SHARD_ROWS]))
+                digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+                made_from = MadeFrom(**self.settings, texts=digest)
+                embed_shards(lambda part, _: teacher.embed_texts(part), ids, here, self.folder / digest, made_from)
             self.load()
 
     def look_up(self, texts: Sequence[BatchText]) -> np.ndarray:
@@ -191,13 +202,26 @@ class TeacherCache:
             result[here] = part[rows[here] - start]
         return result
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning(f"waiting for another run, which is filling {self.folder}")
+            self.lock.acquire()
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def _claim(self) -> None:
         file = self.folder / "made_from.json"
-        if file.is_file():
-            self._check(self.folder, json.loads(file.read_text(encoding="utf-8")))
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, self.settings)
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.lock:
+                if not file.is_file():
+                    write_json(file, self.settings)
+        self._check(self.folder, json.loads(file.read_text(encoding="utf-8")))
 
     def _check(self, folder: Path, made_from: Mapping) -> None:
         for name, value in self.settings.items():

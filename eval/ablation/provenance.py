@@ -17,6 +17,7 @@ from nvembed.eval.files import sha256
 
 
 PATHS = ("base", "data_dir", "datasets", "eval_tasks", "teacher")  # options that name files or folders
+WRITTEN = ("teacher_cache",)  # options that name what runs themselves write
 LIBRARIES = ("torch", "transformers", "peft", "mteb")  # whose versions move a score
 
 
@@ -68,7 +69,7 @@ def paths_of(step: Step) -> Iterator[str]:
     for part in step.options:
         if part.startswith("--"):
             option = part.removeprefix("--")
-        elif option in PATHS or "/" in part:
+        elif option not in WRITTEN and (option in PATHS or "/" in part):
             yield part
 
 

@@ -134,6 +134,19 @@ def test_results_of_other_files_are_not_mixed(write_grid, tmp_path, decoder_dir,
         open_results(grid, tmp_path, False)
 
 
+def test_what_runs_themselves_write_is_no_input(write_grid, tmp_path):
+    cache = tmp_path / "cache"
+    distill = {"teacher": "me/teacher", "teacher_cache": str(cache), "kd_losses": ["similarities"]}
+    axes = {"temperature": {"low": {}, "high": {"distill": {"temperature": 0.05}}}}
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text() + "\ndistill: {}\n")
+    options = {"init": {"base": str(tmp_path / "base")}, "distill": distill}
+    grid = Grid.read(write_grid(options=options, steps=["init", "distill"], axes=axes))
+    for file in ("made_from.json", "vectors.npy"):
+        cache.mkdir(exist_ok=True)
+        (cache / file).write_text("{}")
+        open_results(grid, tmp_path, False).save(tmp_path)
+
+
 def test_a_recipe_counts_by_what_a_step_reads_of_it(write_grid, tmp_path):
     """Neither a comment nor another step's settings make a run another; a setting of its own does."""
     recipe = tmp_path / "recipe.yaml"

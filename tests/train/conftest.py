@@ -83,13 +83,13 @@ def student(teacher_dir) -> NVEmbedModel:
 
 @pytest.fixture
 def triplets_file(tmp_path) -> str:
-    """Each sentence finds itself in lower case, beside another as a negative."""
+    """Each sentence with its lower-case form as the positive and another sentence as the negative."""
     rows = [{"query": t, "positive": t.lower(), "negatives": [SENTENCES[i - 1]]} for i, t in enumerate(SENTENCES)]
     return write_jsonl(tmp_path / "triplets.jsonl", rows)
 
 
 @pytest.fixture
 def batch(student, triplets_file) -> dict:
-    """Of `triplets_file`, as the student reads it."""
+    """All rows of `triplets_file`, collated for the student."""
     rows = prepare([DatasetSource(triplets_file, instruction="Find it")], 1)
     return TripletCollator(student.tokenizer, student.config, 32, 1, chunk_tokens=40)(list(rows))

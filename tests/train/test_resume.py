@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed.train.card import describe_settings
-from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, find_resume, resume_record
+from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, resume_record
 from nvembed.train.trainer import PARTIAL_CHECKPOINT
 
 
@@ -152,22 +152,6 @@ def test_resuming_from_nothing_or_from_another_shape_is_an_error(tmp_path, recip
     assert result.returncode != 0
     assert "checkpoint-2 does not belong to" in result.stderr
     assert "layers.2" in result.stderr
-
-
-def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
-    for folder in ("out", "other"):
-        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
-        (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    out, other = str(tmp_path / "out"), str(tmp_path / "other" / "checkpoint-2")
-    for value in (None, False, "false"):
-        with pytest.raises(FileExistsError, match=r"out/checkpoint-2 is of a run .* --resume_from_checkpoint true"):
-            find_resume(out, value)
-    with pytest.raises(FileExistsError, match=r"out/checkpoint-2 is not of the run .*other/checkpoint-2 resumes"):
-        find_resume(out, other)
-    last = str(tmp_path / "out" / "checkpoint-2")
-    assert find_resume(out, "true") == find_resume(out, last) == last
-    assert find_resume(str(tmp_path / "elsewhere"), other) == other
-    assert find_resume(str(tmp_path / "elsewhere"), None) is None
 
 
 # --- Settings that changed since the checkpoint

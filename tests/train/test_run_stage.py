@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from nvembed.train.arguments import DataArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.data.source import DatasetSource
+from nvembed.train.resume import find_resume
 from nvembed.train.run_stage import after_main_process, load_blend
 from tests.triplets import prepare, write_jsonl
 
@@ -46,6 +47,24 @@ def test_checkpoints_keep_the_data_that_they_were_trained_on(tmp_path, labelled,
     (tmp_path / "out" / "checkpoint-1").rmdir()
     blend_of(tmp_path, sources)
     assert b"a text of today" in table.read_bytes(), "edited, made anew"
+
+
+def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
+    for folder in ("out", "other"):
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "out" / "checkpoint-4").symlink_to(tmp_path / "other" / "checkpoint-2")
+    out, elsewhere = str(tmp_path / "out"), str(tmp_path / "other" / "checkpoint-2")
+    for value in (None, False, "false"):
+        with pytest.raises(FileExistsError, match=r"out/checkpoint-4 belongs to .* --resume_from_checkpoint true"):
+            find_resume(out, value)
+    with pytest.raises(FileExistsError, match=r"out already holds checkpoint-4: .* start from .*other/checkpoint-2,"):
+        find_resume(out, elsewhere)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        assert find_resume(out, f"{out}/{name}") == f"{out}/{name}"
+    assert find_resume(out, "true") == f"{out}/checkpoint-4"
+    assert find_resume(str(tmp_path / "new"), elsewhere) == elsewhere
+    assert find_resume(str(tmp_path / "new"), None) is None
 
 
 def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Teachers: what they read, what they refuse, and the cache of their embeddings."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -108,6 +110,31 @@ def test_a_cache_serves_later_runs_which_add_what_it_lacks(student, teacher_dir,
     expected = EmbeddingTeacher(teacher.model).embed(batch)
     teacher.cache = cache
     assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
+
+
+def test_runs_that_fill_a_cache_at_once_embed_each_text_once(
+    student, teacher_dir, triplets_file, tmp_path, monkeypatch
+):
+    blend = Blend([prepare([DatasetSource(triplets_file, instruction="Find it")], 1)], 8)
+    collator = TripletCollator(student.tokenizer, student.config, 32, 1)
+    teacher, texts = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), list(texts_of_run(blend, collator))
+    embedded, embed, both = [], teacher.embed_texts, threading.Barrier(2, timeout=60)
+
+    def count(part):
+        embedded.extend(part)
+        return embed(part)
+
+    def run(texts):
+        cache = TeacherCache(tmp_path / "cache", teacher.settings)
+        both.wait()  # until both have opened it, empty
+        cache.fill(teacher, texts)
+        assert set(map(cache_id, texts)) <= set(cache.ids)
+
+    monkeypatch.setattr(teacher, "embed_texts", count)
+    with ThreadPoolExecutor(2) as pool:
+        for result in [pool.submit(run, texts[:-2]), pool.submit(run, texts[2:])]:
+            result.result()
+    assert len(embedded) == len({cache_id(text) for text in texts})
 
 
 def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tmp_path):
