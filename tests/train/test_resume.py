@@ -135,12 +135,9 @@ def test_half_written_checkpoint_is_ignored(tmp_path, recipe):
     assert not (fresh / PARTIAL_CHECKPOINT).exists()
 
 
-def test_resuming_from_nothing_or_from_another_shape_is_an_error(tmp_path, recipe, init_args):
+def test_resuming_from_another_shape_is_an_error(tmp_path, recipe, init_args):
     from nvembed.train.init_checkpoint import main as init
 
-    result = run(recipe, tmp_path / "out", "--resume_from_checkpoint", "true")
-    assert result.returncode != 0
-    assert "holds no checkpoint to resume from" in result.stderr
     assert run(recipe, tmp_path / "out", "--max_steps", "2").returncode == 0
     (tmp_path / "out" / "config.json").unlink()
     for path in tmp_path.glob("out/*.safetensors"):

@@ -65,6 +65,10 @@ def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
     assert find_resume(out, "true") == f"{out}/checkpoint-4"
     assert find_resume(str(tmp_path / "new"), elsewhere) == elsewhere
     assert find_resume(str(tmp_path / "new"), None) is None
+    with pytest.raises(FileNotFoundError, match="new holds no checkpoint to resume from"):
+        find_resume(str(tmp_path / "new"), "true")
+    with pytest.raises(FileNotFoundError, match="other is no training checkpoint"):
+        find_resume(out, str(tmp_path / "other"))
 
 
 def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):
