@@ -195,7 +195,8 @@ def read_teacher_cache(
 
     Raises:
         ValueError: as `TeacherCache`.
-        TimeoutError: the main process took longer than `ddp_timeout`.
+        TimeoutError: the main process took longer than `ddp_timeout`, its wait for another run that fills the folder
+            included.
     """
     with after_main_process(training_args):
         cache = TeacherCache(Path(training_args.teacher_cache), teacher.settings)
