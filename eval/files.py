@@ -1,12 +1,14 @@
-"""Writes files and folders whole or not at all, and digests their contents."""
+"""Writes files and folders whole or not at all, keeps other processes out of them, and digests their contents."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -27,6 +29,26 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         _remove(partial)
         _settle(path, replaced)
+
+
+@contextmanager
+def locked(folder: Path, when_busy: Callable[[], None]) -> Iterator[None]:
+    """Runs the body while no other process that asks for it has the folder, which is made if it is missing.
+
+    Args:
+        when_busy: called if another process has it; if that does not raise, this one waits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", mode=0o664)  # a group may share the folder
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        when_busy()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _settle(path: Path, replaced: Path) -> None:

@@ -3,19 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import get_logger
 
-from nvembed.eval.files import text_id, write_json
+from nvembed.eval.files import locked, text_id, write_json
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.vectors import SHARD_ROWS, MadeFrom, VectorShards, embed_shards, is_finished
 from nvembed.modeling_nvembed import NVEmbedModel, NVEmbedModelOutput
@@ -153,7 +152,6 @@ class TeacherCache:
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.settings = folder, settings
-        self.lock = FileLock(folder / ".lock", mode=0o664)  # a group may share the folder
         self._claim()
         self.load()
 
@@ -202,23 +200,13 @@ class TeacherCache:
             result[here] = part[rows[here] - start]
         return result
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning(f"waiting for another run, which is filling {self.folder}")
-            self.lock.acquire()
-        try:
-            yield
-        finally:
-            self.lock.release()
+    def _turn(self) -> AbstractContextManager[None]:
+        return locked(self.folder, lambda: logger.warning(f"waiting for another run, which is filling {self.folder}"))
 
     def _claim(self) -> None:
         file = self.folder / "made_from.json"
         if not file.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.lock:
+            with self._turn():
                 if not file.is_file():
                     write_json(file, self.settings)
         self._check(self.folder, json.loads(file.read_text(encoding="utf-8")))

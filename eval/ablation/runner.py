@@ -16,14 +16,13 @@ from pathlib import Path
 from queue import Queue
 
 import torch
-from filelock import FileLock, Timeout
 
 from nvembed.eval.ablation.grid import MEASURE, MERGED, Grid
 from nvembed.eval.ablation.grid_file import settings_digest
 from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
 from nvembed.eval.commands import SCRIPTS, as_typed, cores, make_checkpoint, score
-from nvembed.eval.files import write_json
+from nvembed.eval.files import locked, write_json
 
 
 STATE = "grid.json"
@@ -109,13 +108,11 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one runs in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def refuse() -> None:
         raise ValueError(f"another ablate.py runs in {folder}: wait for it, or name another output_dir") from None
-    with lock:
+
+    with locked(folder, refuse):
         yield
 
 

@@ -20,6 +20,21 @@ from tests.conftest import SENTENCES, randomize
 from tests.triplets import prepare, write_jsonl
 
 
+@pytest.fixture
+def teacher(teacher_dir) -> EmbeddingTeacher:
+    return EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
+
+
+@pytest.fixture
+def blend(triplets_file) -> Blend:
+    return Blend([prepare([DatasetSource(triplets_file, instruction="Find it")], 1)], 8)
+
+
+@pytest.fixture
+def collator(student) -> TripletCollator:
+    return TripletCollator(student.tokenizer, student.config, 32, 1)
+
+
 def test_a_teacher_reads_its_own_prompts_or_instructions(teacher_dir):
     query, passage = BatchText("", "a", True), BatchText("", "b", False)
     symmetric = BatchText("Instruct: Compare\nQuery: ", "b", False)
@@ -47,11 +62,9 @@ def test_teachers_without_a_common_measure_are_refused(student, teacher_dir, tmp
 
 
 def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(
-    student, teacher_dir, triplets_file, batch, tmp_path
+    student, teacher_dir, teacher, blend, collator, batch, tmp_path
 ):
-    blend = Blend([prepare([DatasetSource(triplets_file, instruction="Find it")], 1)], 8)
-    collator = TripletCollator(student.tokenizer, student.config, 32, 1)
-    teacher, folder = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), tmp_path / "cache"
+    folder = tmp_path / "cache"
     expected = teacher.embed(batch)
     teacher.cache = TeacherCache(folder, teacher.settings)
     teacher.cache.fill(teacher, texts_of_run(blend, collator))
@@ -74,13 +87,13 @@ def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(
         TeacherCache(folder, other)
 
 
-def test_a_cache_serves_later_runs_which_add_what_it_lacks(student, teacher_dir, triplets_file, tmp_path, monkeypatch):
-    first = Blend([prepare([DatasetSource(triplets_file, instruction="Find it")], 1)], 8)
+def test_a_cache_serves_later_runs_which_add_what_it_lacks(
+    teacher, blend, collator, triplets_file, tmp_path, monkeypatch
+):
     both = Blend([prepare([DatasetSource(triplets_file, instruction=name)], 1) for name in ("Find it", "Another")], 8)
-    collator, folder = TripletCollator(student.tokenizer, student.config, 32, 1), tmp_path / "cache"
-    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
+    folder = tmp_path / "cache"
     cache = TeacherCache(folder, teacher.settings)
-    cache.fill(teacher, texts_of_run(first, collator))
+    cache.fill(teacher, texts_of_run(blend, collator))
     (part,) = (path for path in folder.iterdir() if path.is_dir())
     ids, layout = set(cache.ids), tmp_path / "older"  # which had one run's shards and no folder for them
     shutil.copytree(part, layout)
@@ -112,12 +125,8 @@ def test_a_cache_serves_later_runs_which_add_what_it_lacks(student, teacher_dir,
     assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
 
 
-def test_runs_that_fill_a_cache_at_once_embed_each_text_once(
-    student, teacher_dir, triplets_file, tmp_path, monkeypatch
-):
-    blend = Blend([prepare([DatasetSource(triplets_file, instruction="Find it")], 1)], 8)
-    collator = TripletCollator(student.tokenizer, student.config, 32, 1)
-    teacher, texts = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32)), list(texts_of_run(blend, collator))
+def test_runs_that_fill_a_cache_at_once_embed_each_text_once(teacher, blend, collator, tmp_path, monkeypatch):
+    texts = list(texts_of_run(blend, collator))
     embedded, embed, both = [], teacher.embed_texts, threading.Barrier(2, timeout=60)
 
     def count(part):
@@ -137,7 +146,7 @@ def test_runs_that_fill_a_cache_at_once_embed_each_text_once(
     assert len(embedded) == len({cache_id(text) for text in texts})
 
 
-def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tmp_path):
+def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher, tmp_path):
     """With surplus negatives that move up where others are left out, and texts on both sides of a symmetric set."""
     rows = [
         {
@@ -149,7 +158,6 @@ def test_a_cache_has_every_text_that_any_batch_asks_for(student, teacher_dir, tm
     path = write_jsonl(tmp_path / "scored.jsonl", rows)
     blend = Blend([prepare([DatasetSource(path, instruction="Find it", symmetric=True)], 2)], 8)
     collator = TripletCollator(student.tokenizer, student.config, 32, 1, false_negative_margin=0.1)
-    teacher = EmbeddingTeacher(load_model(str(teacher_dir), max_length=32))
     cache = TeacherCache(tmp_path / "cache", teacher.settings)
     cache.fill(teacher, texts_of_run(blend, collator))
     batches = [collator([blend[i], blend[j]]) for i in range(8) for j in range(8) if i != j]
