@@ -1,7 +1,6 @@
 """A grid of trainings: a base recipe, axes of overrides, seeds; as YAML, and as the runs that it asks for."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from pathlib import Path
@@ -363,9 +362,7 @@ def check_options(grid: Grid) -> None:
     for recipe, step in {(step.recipe, step.name) for run in grid.runs() for step in run.last.chain} - {(None, "init")}:
         settings = recipe_settings(recipe, step).keys() - {"env"}  # which trl takes from any recipe
         asked.setdefault(step, {}).update(dict.fromkeys(settings, recipe))
-    with ThreadPoolExecutor() as pool:  # each takes as long to start as a training does
-        known = pool.map(known_options, (SCRIPTS[step] for step in asked))
-    for (step, names), options in zip(asked.items(), known):
-        if unknown := names.keys() - options:
+    for step, names in asked.items():
+        if unknown := names.keys() - known_options(SCRIPTS[step]):
             name = min(unknown)
             raise ValueError(f"{names[name]}: {SCRIPTS[step]} has no option {name!r}; see its --help")

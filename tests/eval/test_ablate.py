@@ -5,8 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from nvembed.eval.ablation.runner import (
     open_results,
 )
 from nvembed.modeling_nvembed import NVEmbedModel
+from tests import preloaded
 from tests.triplets import write_jsonl
 
 
@@ -43,9 +42,9 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     """One of its cells has a temperature that no training has; a second call has that alone to do again."""
     axes = {"temperature": {"low": {"stage1": {"temperature": 0.1}}, "none": {"stage1": {"temperature": -1.0}}}}
     grid = write_grid(axes=axes, merge_seeds=True, seeds=[1, 2])
-    command = [sys.executable, ROOT / "eval/ablate.py", grid, "--jobs", str(min(2, os.cpu_count()))]
+    command = [ROOT / "eval/ablate.py", grid, "--jobs", str(min(2, os.cpu_count()))]
     command += ["--output_dir", tmp_path / "out", "--page", tmp_path / "PAGE.md"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = preloaded.run(*command)
     assert done.returncode == 1 and "2 runs failed" in done.stderr, done.stderr
     results = Results(**json.loads((tmp_path / "out" / "grid.json").read_text()))
     grid = Grid.read(str(grid))

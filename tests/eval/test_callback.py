@@ -1,8 +1,6 @@
 """The callback against the harness: in half precision, with shared and with sharded weights."""
 
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +14,7 @@ from nvembed.eval.measure import measure
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.sharding import is_sharded
 from nvembed.eval.tasks.local import read_tasks
+from tests import preloaded
 
 
 class LookUp(nn.Module):
@@ -94,8 +93,7 @@ assert whole.keys() == shards.keys() == {{"eval_sts", "eval_reranking", "eval_av
 assert all(abs(whole[key] - shards[key]) < 1e-3 for key in whole), (whole, shards)
 print("equal on rank", dist.get_rank())
 """)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(launcher, capture_output=True, text=True, timeout=240)
+    done = preloaded.run(script, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal on rank") == 2
 

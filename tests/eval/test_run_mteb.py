@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,14 +15,14 @@ from nvembed.eval.report import read_run, write_report
 from nvembed.eval.results import claim_folder
 from nvembed.eval.run_mteb import MtebArguments, run
 from nvembed.texts_nvembed import format_instruction, tokenize
+from tests import preloaded
 
 
 SCRIPT = Path(run_mteb.__file__)
 
 
-def command(checkpoint, tasks, output_dir, *launcher):
-    arguments = [SCRIPT, "--model", checkpoint, "--tasks", tasks, "--output_dir", output_dir, "--max_length", 64]
-    return [sys.executable, *launcher, *map(str, arguments)]
+def command(checkpoint, tasks, output_dir):
+    return [SCRIPT, "--model", checkpoint, "--tasks", tasks, "--output_dir", output_dir, "--max_length", 64]
 
 
 @pytest.fixture
@@ -93,18 +90,14 @@ def test_the_summary_says_how_texts_crowd_and_how_many_are_cut(arguments, checkp
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(arguments, checkpoint, data, tmp_path, embedded, capsys):
     whole = run(arguments("whole"))
-    process = subprocess.Popen(
-        command(checkpoint, data / "tasks.yaml", tmp_path / "killed"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = preloaded.start(*command(checkpoint, data / "tasks.yaml", tmp_path / "killed"))
     deadline = time.monotonic() + 120
     while (
         not (finished := list((tmp_path / "killed").glob("results/*/*/reranking.json"))) and time.monotonic() < deadline
     ):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert finished, "it was killed too early"
     assert not (tmp_path / "killed" / "summary.json").exists(), "it was killed too late"
     before = {path: path.read_bytes() for path in (tmp_path / "killed").glob("results/*/*/*[!a].json")}
@@ -131,16 +124,15 @@ def test_a_result_cut_off_by_a_kill_is_measured_again(arguments, tmp_path, caplo
 
 @pytest.mark.slow
 def test_two_processes_measure_as_one(arguments, checkpoint, data, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = command(checkpoint, data / "tasks.yaml", tmp_path / "two", *launcher)
-    done = subprocess.run(two, capture_output=True, text=True, timeout=300)
+    two = command(checkpoint, data / "tasks.yaml", tmp_path / "two")
+    done = preloaded.run(*two, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("average of 7 tasks") == 1, "one process prints"
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["tasks"] == pytest.approx(run(arguments("one"))["tasks"], abs=1e-3)
 
     (tmp_path / "two" / "run.json").write_text('{"settings": {"model": "another"}, "tasks": {}}')
-    failed = subprocess.run(two, capture_output=True, text=True, timeout=300)
+    failed = preloaded.run(*two, processes=2)
     assert failed.returncode != 0, "and an error ends both processes"
     assert "holds results with" in failed.stderr
 
@@ -159,8 +151,7 @@ def test_an_error_of_another_process_ends_the_run(tmp_path):
         "    if shared is not None:\n"
         "        shared(['long text', 'short', ''], 'p')\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    failed = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+    failed = preloaded.run(script, processes=2, timeout=120)
     assert failed.returncode != 0
     assert "process 0 of 2 failed: MemoryError(\"rank 0: ['long text', '']\")" in failed.stderr
 
@@ -212,7 +203,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_errors_are_one_line_on_the_command_line(checkpoint, tmp_path):
-    failed = subprocess.run(command(checkpoint, "SciFcat", tmp_path / "out"), capture_output=True, text=True)
+    failed = preloaded.run(*command(checkpoint, "SciFcat", tmp_path / "out"))
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("run_mteb: --tasks 'SciFcat' is neither")
     assert "Traceback" not in failed.stderr

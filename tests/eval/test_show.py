@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from nvembed.eval.data.labelled import LabelledArguments
 from nvembed.eval.plots import names_of
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.texts_nvembed import format_instruction, pack, tokenize
+from tests import preloaded
 from tests.triplets import write_jsonl
 
 
@@ -191,6 +191,6 @@ def test_texts_that_cannot_be_shown_are_named(data):
 
 @pytest.mark.slow
 def test_errors_of_the_script_are_one_line(tmp_path, checkpoint):
-    command = [sys.executable, ROOT / "eval/show_latents.py", "--model", checkpoint, "--data", "none"]
-    done = subprocess.run([*command, "--output_dir", tmp_path], capture_output=True, text=True)
+    options = ["--model", checkpoint, "--data", "none", "--output_dir", tmp_path]
+    done = preloaded.run(ROOT / "eval/show_latents.py", *options)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("show_latents: data 'none': there is no")

@@ -1,9 +1,7 @@
 """Distillation: each part of the loss against its definition, and students trained by the script."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,8 +27,8 @@ from nvembed.train.distillation import (
 from nvembed.train.gradient_cache import embed_and_observe
 from nvembed.train.losses import NO_TEXT, TeacherScores, contrast
 from nvembed.train.teacher import EmbeddingTeacher, StatesTeacher
+from tests import preloaded
 from tests.conftest import SENTENCES
-from tests.train.test_processes import FSDP2, TORCHRUN
 from tests.triplets import prepare
 
 
@@ -240,19 +238,16 @@ def test_bad_settings_are_refused(tmp_path, options, message):
         DistillArguments(**({"output_dir": str(tmp_path), "teacher": "t", "use_cpu": True} | options))
 
 
-def distil(student, teacher, data, output_dir, *options, launcher=(), rows=8, environment=None) -> list[dict]:
+def distil(student, teacher, data, output_dir, *options, run=preloaded.run, rows=8) -> list[dict]:
     """Runs the script and returns its log."""
-    sharded = [ROOT / "tests" / "train" / "fsdp2_stage.py"] if environment else []
     command = [
-        sys.executable, *launcher, *sharded, ROOT / "train/distill.py", "--model_name_or_path", student,
-        "--teacher", teacher,
+        ROOT / "train/distill.py", "--model_name_or_path", student, "--teacher", teacher,
         "--datasets", data, "--instruction", "Find it", "--num_negatives", "1", "--max_length", "32",
         "--output_dir", output_dir, "--per_device_train_batch_size", rows, "--max_steps", "20", "--use_cpu",
         "--learning_rate", "0.003", "--warmup_steps", "0", "--logging_steps", "5", "--report_to", "none",
         "--lora_dropout", "0", *options,
     ]  # fmt: skip
-    environment = os.environ | (environment or {})
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
@@ -290,11 +285,9 @@ def test_the_script_trains_a_student_towards_its_teacher(student, teacher_dir, t
 def test_two_processes_distil_as_one(student, teacher_dir, triplets_file, tmp_path, part):
     student.save_pretrained(tmp_path / "student")
     options = ["--kd_losses", part, "scores", "--in_batch_negatives", "true"]
-    launcher = ["-m", *TORCHRUN]
+    run = partial(preloaded.run, processes=2)
     one = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "one", *options)
-    two = distil(
-        tmp_path / "student", teacher_dir, triplets_file, tmp_path / "two", *options, launcher=launcher, rows=4
-    )
+    two = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "two", *options, run=run, rows=4)
     for name in ("loss", "kd/scores", f"kd/{part}"):
         losses = [[entry[name] for entry in log if name in entry] for log in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
@@ -310,11 +303,10 @@ def test_shards_of_a_pruned_student_keep_its_zeros(student, teacher_dir, triplet
     student.config.pruning = {"method": "magnitude", "pattern": "2:4", "sparsity": 0.5}
     student.save_pretrained(tmp_path / "student")
     options = ["--kd_losses", "states", "scores", "--use_peft", use_peft, "--max_steps", "3", "--logging_steps", "1"]
-    sharded = {"launcher": ["-m", *TORCHRUN], "rows": 4, "environment": FSDP2}
     one = distil(tmp_path / "student", teacher_dir, triplets_file, tmp_path / "one", *options)
     two = distil(
         tmp_path / "student", teacher_dir, triplets_file, tmp_path / "two", *options, "--chunk_tokens", "40",
-        "--ddp_backend=gloo", **sharded,
+        run=preloaded.run_sharded, rows=4,
     )  # fmt: skip
     losses = [[entry["kd/scores"] for entry in log if "kd/scores" in entry] for log in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

@@ -13,6 +13,7 @@ from nvembed import NVEmbedModel
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.export import ExportArguments, main
 from nvembed.train.init_checkpoint import init_model
+from tests import preloaded
 from tests.conftest import ROOT
 from tests.train.test_init_checkpoint import family
 
@@ -97,12 +98,13 @@ def test_trained_from_the_command_line_with_pooled_instructions(tmp_path, init_a
     for flag in ("true", "false"):
         out = tmp_path / flag
         command = [
-            sys.executable, ROOT / "train" / "stage1.py", "--model_name_or_path", tmp_path / "base", "--datasets",
+            ROOT / "train" / "stage1.py", "--model_name_or_path", tmp_path / "base", "--datasets",
             tmp_path / "pairs.jsonl", "--output_dir", out, "--max_steps=1", "--warmup_steps=0", "--use_cpu",
             "--num_negatives=1", "--per_device_train_batch_size=4", "--logging_steps=1", "--lora_dropout=0",
             f"--is_mask_instruction={flag}",
         ]  # fmt: skip
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        done = preloaded.run(*command)
+        assert done.returncode == 0, done.stderr
         losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
         assert json.loads((out / "config.json").read_text())["is_mask_instruction"] is (flag == "true")
     assert abs(losses[0] - losses[1]) > 1e-3, "other tokens were pooled"

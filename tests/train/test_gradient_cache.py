@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from nvembed.train.arguments import ModelArguments
 from nvembed.train.collator import TripletCollator
 from nvembed.train.gradient_cache import embed_chunks
 from nvembed.train.losses import contrast
+from tests import preloaded
 from tests.conftest import randomize
 
 
@@ -122,12 +120,7 @@ def test_cached_gradients_in_two_processes(tmp_path, checkpoint, sentences, shar
     """Half of the batch each, in different numbers of chunks: loss and gradients of the whole batch in one process."""
     triplets = triplets_of(sentences)
     torch.save({"checkpoint": str(checkpoint), "triplets": triplets, "sharding": sharding}, tmp_path / "job.pt")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    worker = Path(__file__).parent / "gradient_cache_worker.py"
-    result = subprocess.run(
-        [*launcher, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = preloaded.run(Path(__file__).with_name("gradient_cache_worker.py"), tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert ranks[0]["chunks"] != ranks[1]["chunks"]

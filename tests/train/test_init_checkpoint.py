@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import gguf
 import pytest
@@ -29,6 +27,7 @@ from nvembed.texts_nvembed import tokenize
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.init_checkpoint import InitArguments, init_model, main
 from nvembed.train.released import convert_released
+from tests import preloaded
 from tests.conftest import ROOT
 
 
@@ -308,12 +307,12 @@ def test_both_stages_from_a_qwen3(tmp_path, init_args, decoder_dir, sentences, e
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for script, before, after in (("stage1.py", "base", "one"), ("stage2.py", "one", "two")):
         command = [
-            sys.executable, ROOT / "train" / script, "--model_name_or_path", tmp_path / before, "--datasets",
+            ROOT / "train" / script, "--model_name_or_path", tmp_path / before, "--datasets",
             tmp_path / "pairs.jsonl", "--output_dir", tmp_path / after, "--max_steps=3", "--warmup_steps=0",
             "--use_cpu", "--num_negatives=1", "--per_device_train_batch_size=4", "--learning_rate=1e-2",
             "--gradient_checkpointing", "--chunk_tokens=64",
         ]  # fmt: skip
-        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        result = preloaded.run(*command)
         assert result.returncode == 0, result.stderr[-3000:]
     ours = NVEmbedModel.from_pretrained(tmp_path / "two").encode(sentences, "Instruct: Complete\nQuery: ")
     elsewhere, _ = encode_without_nvembed(tmp_path / "two", sentences, "Instruct: Complete\nQuery: ", 64)

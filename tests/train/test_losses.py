@@ -22,6 +22,7 @@ from nvembed.train.losses import (
     matryoshka_spread_out,
     spread_out,
 )
+from tests import preloaded
 
 
 TEMPERATURE = 0.05
@@ -217,11 +218,8 @@ def test_two_processes_equal_one(tmp_path, in_batch_negatives, has_classes):
     }
     torch.save(job, tmp_path / "job.pt")
     worker = Path(__file__).with_name("gloo_worker.py")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, tmp_path],
-        check=True,
-        timeout=240,
-    )
+    done = preloaded.run(worker, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
     queries, passages = (F.normalize(encoder(x), dim=-1) for x in (queries, passages))
@@ -266,6 +264,7 @@ def test_memory_grows_with_rows_times_candidates(tmp_path):
     script = """
 import resource, sys, torch
 from nvembed.train.losses import contrast, is_negative
+from tests import preloaded
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 normalize = torch.nn.functional.normalize

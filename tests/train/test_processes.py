@@ -1,19 +1,19 @@
 """The training scripts as commands: in one process, in two, sharded, resumed, and with one that fails."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from nvembed import NVEmbedModel
 from nvembed.train.init_checkpoint import main as init
+from tests import preloaded
 
 
 pytestmark = pytest.mark.slow  # trainings in processes of their own
@@ -26,15 +26,16 @@ ACCELERATE += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run_stage(launcher, script, checkpoint, pairs_file, output_dir, *options, environment=None, timeout=300):
+def arguments(checkpoint, pairs_file, output_dir, *options):
     arguments = ["--model_name_or_path", checkpoint, "--datasets", pairs_file, "--output_dir", output_dir]
     arguments += ["--max_steps=2", "--warmup_steps=0", "--num_negatives=2", "--logging_steps=1", "--use_cpu"]
-    arguments += ["--learning_rate=1e-2", "--lora_dropout=0", *options]
-    sharded = [ROOT / "tests" / "train" / "fsdp2_stage.py"] if environment else []
-    command = [sys.executable, "-m", *launcher, *sharded, ROOT / "train" / script, *arguments]
-    environment = os.environ | (environment or {})
-    command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
+    return [*arguments, "--learning_rate=1e-2", "--lora_dropout=0", *options]
+
+
+def run_stage(launcher, script, *given, timeout=300):
+    """By the launcher that a user would take."""
+    command = map(str, [sys.executable, "-m", *launcher, ROOT / "train" / script, *arguments(*given)])
+    return subprocess.run(list(command), capture_output=True, text=True, cwd=ROOT, timeout=timeout)
 
 
 def test_stages_run_from_the_command_line(tmp_path, checkpoint, pairs_file, sentences):
@@ -81,31 +82,21 @@ def many_pairs(tmp_path, sentences):
     return path
 
 
-def fsdp2_environment() -> dict[str, str]:
-    """What `accelerate launch --config_file train/recipes/accelerate/fsdp2.yaml` sets; it starts no CPU processes."""
-    settings = yaml.safe_load((ROOT / "train" / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    return {"ACCELERATE_USE_FSDP": "true"} | {
-        name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()
-    }
-
-
-FSDP2 = fsdp2_environment()
-
-
 @pytest.mark.parametrize("script", ["stage1.py", "stage2.py"])
 def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpoint, many_pairs, sentences, script):
     """20 steps of the same batches of 8: one process, DDP, FSDP2, and one that accumulates or caches."""
     in_parts = ["--gradient_accumulation_steps=2"] if script == "stage2.py" else ["--chunk_tokens=50"]
     curves = {}
-    for name, launcher, environment, options in (
-        ("one", ACCELERATE, {}, []),
-        ("in parts", ACCELERATE, {}, in_parts),
-        ("ddp", TORCHRUN, {}, ["--ddp_backend=gloo", "--chunk_tokens=100"]),
-        ("fsdp2", TORCHRUN, FSDP2, ["--ddp_backend=gloo", "--chunk_tokens=100"]),
+    stage, in_two = ROOT / "train" / script, ["--ddp_backend=gloo", "--chunk_tokens=100"]
+    for name, run, options in (
+        ("one", partial(preloaded.run, stage), []),
+        ("in parts", partial(preloaded.run, stage), in_parts),
+        ("ddp", partial(preloaded.run, stage, processes=2), in_two),
+        ("fsdp2", partial(preloaded.run_sharded, stage), in_two[1:]),
     ):
-        options += ["--batch_size=8", "--max_steps=20", "--learning_rate=3e-3", "--disable_tqdm=true"]
-        options += ["--report_to=none", "--log_level=error"]
-        result = run_stage(launcher, script, checkpoint, many_pairs, tmp_path / name, *options, environment=environment)
+        common = ["--batch_size=8", "--max_steps=20", "--learning_rate=3e-3", "--disable_tqdm=true"]
+        common += ["--report_to=none", "--log_level=error"]
+        result = run(*arguments(checkpoint, many_pairs, tmp_path / name, *options, *common))
         assert result.returncode == 0, (name, result.stderr)
         logs = [line for line in result.stdout.splitlines() if "'loss'" in line]
         curves[name] = [float(re.search(r"'loss': '?([0-9.]+)", line)[1]) for line in logs]
@@ -121,16 +112,15 @@ def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpo
 
 def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
     """Stopped after 3 of 6 steps, in two processes with the weights in shards, it ends where an unbroken one does."""
-    options = ["--ddp_backend=gloo", "--batch_size=8", "--disable_tqdm=true", "--report_to=none"]
+    options = ["--batch_size=8", "--disable_tqdm=true", "--report_to=none"]
     options += ["--lr_scheduler_type=constant", "--save_strategy=steps", "--save_steps=3", "--max_steps=6"]
-    whole = run_stage(TORCHRUN, "stage1.py", checkpoint, many_pairs, tmp_path / "a", *options, environment=FSDP2)
+    stage = ROOT / "train" / "stage1.py"
+    whole = preloaded.run_sharded(stage, *arguments(checkpoint, many_pairs, tmp_path / "a", *options))
     assert whole.returncode == 0, whole.stderr
     assert (tmp_path / "a" / "checkpoint-3").is_dir()
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
-    resumed = run_stage(
-        TORCHRUN, "stage1.py", checkpoint, many_pairs, tmp_path / "b", *options, "--resume_from_checkpoint=true",
-        environment=FSDP2,
-    )  # fmt: skip
+    options += ["--resume_from_checkpoint=true"]
+    resumed = preloaded.run_sharded(stage, *arguments(checkpoint, many_pairs, tmp_path / "b", *options))
     assert resumed.returncode == 0, resumed.stderr
     a, b = (NVEmbedModel.from_pretrained(tmp_path / name).encode(sentences) for name in "ab")
     torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
@@ -139,10 +129,8 @@ def test_sharded_training_resumes(tmp_path, checkpoint, many_pairs, sentences):
 
 def test_a_pooling_without_weights_is_sharded_by_the_decoders_layers(tmp_path, init_args, many_pairs):
     init(init_args(tmp_path / "mean", pooling_type="mean"))
-    options = ["--ddp_backend=gloo", "--batch_size=8", "--report_to=none"]
-    done = run_stage(
-        TORCHRUN, "stage1.py", tmp_path / "mean", many_pairs, tmp_path / "out", *options, environment=FSDP2
-    )
+    options = arguments(tmp_path / "mean", many_pairs, tmp_path / "out", "--batch_size=8", "--report_to=none")
+    done = preloaded.run_sharded(ROOT / "train" / "stage1.py", *options)
     assert done.returncode == 0, done.stderr
     assert NVEmbedModel.from_pretrained(tmp_path / "out").config.pooling_type == "mean"
 

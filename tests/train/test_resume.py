@@ -1,11 +1,8 @@
 """A training that is killed and started again ends as if nothing had happened."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from nvembed.train.card import describe_settings
 from nvembed.train.resume import APPLIED, REFUSED, RunRecord, digest_weights, resume_record
 from nvembed.train.trainer import PARTIAL_CHECKPOINT
+from tests import preloaded
 
 
 pytestmark = pytest.mark.slow  # trainings in processes of their own
@@ -58,9 +56,8 @@ disable_tqdm: true
     return path
 
 
-def command(recipe, output_dir, *options):
-    script = [sys.executable, ROOT / "train" / "stage1.py", "--config", recipe, "--output_dir", output_dir, *options]
-    return [str(part) for part in script]
+def arguments(recipe, output_dir, *options):
+    return [ROOT / "train" / "stage1.py", "--config", recipe, "--output_dir", output_dir, *options]
 
 
 def weights(folder):
@@ -68,26 +65,17 @@ def weights(folder):
 
 
 def run(recipe, output_dir, *options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(recipe, output_dir, *options), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
-    )
+    return preloaded.run(*arguments(recipe, output_dir, *options))
 
 
 def kill_at(recipe, output_dir, moment, *options):
     """SIGKILL once `moment(output_dir)` is true; returns whether the run was still going."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(recipe, output_dir, *options),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=environment,
-    )
-    while process.poll() is None and not moment(output_dir):
+    process = preloaded.start(*arguments(recipe, output_dir, *options))
+    while process.is_alive() and not moment(output_dir):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def test_killed_at_random_moments_ends_with_the_same_weights(tmp_path, recipe):

@@ -1,8 +1,6 @@
 """The ladder and the grid: what they run, keep and refuse."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import yaml
 from nvembed.eval.commands import make_checkpoint
 from nvembed.train.compress import grid, ladder
 from nvembed.train.compress.ladder import Ladder
+from tests import preloaded
 from tests.triplets import write_similarity_task
 
 
@@ -40,8 +39,7 @@ def recipe(checkpoint, tmp_path, sentences):
 
 @pytest.mark.slow
 def test_a_ladder_makes_measures_and_keeps_every_step(recipe, tmp_path):
-    command = [sys.executable, ROOT / "train/compress/ladder.py", str(recipe())]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = preloaded.run(ROOT / "train/compress/ladder.py", recipe())
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [result["rung"] for result in results] == ["start", "quantize"]

@@ -1,8 +1,6 @@
 """Pruning of checkpoints: what is looked at, what becomes of them, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.prune import PruneArguments, describe, drop_latent_attention, prune
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.source import DatasetSource
+from tests import preloaded
 from tests.triplets import write_jsonl
 
 
@@ -145,16 +144,16 @@ def test_dropping_the_latents_pools_by_the_mean(asked, model):
 
 def test_the_script_writes_a_checkpoint_that_says_what_it_is(asked, checkpoint, data, tmp_path):
     command = [
-        sys.executable, ROOT / "train/compress/prune.py", "--model_name_or_path", checkpoint, "--datasets", data,
+        ROOT / "train/compress/prune.py", "--model_name_or_path", checkpoint, "--datasets", data,
         "--instruction", "Find it", "--method", "wanda", "--pattern", "4:8", "--calibration_samples", "8",
         "--output_dir", tmp_path / "out", "--num_negatives", "1",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = preloaded.run(*command)
     assert done.returncode == 0, done.stderr
     assert NVEmbedConfig.from_pretrained(tmp_path / "out").pruning["pattern"] == "4:8"
     assert len(json.loads((tmp_path / "out" / "pruning.json").read_text())) == 21
     assert "4:8, by wanda" in (tmp_path / "out" / "README.md").read_text() and "`mlp.up_proj`" in done.stdout
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    again = preloaded.run(*command)
     assert again.returncode != 0 and "already holds a checkpoint" in again.stderr
 
 

@@ -1,8 +1,6 @@
 """Checkpoints in 8 bits: what is stored, that they load everywhere, and that zeros survive."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.quantize import QuantizeArguments, quantize
 from nvembed.train.compress.sparsity import Pattern, decoder_matrices
 from nvembed.train.data.source import DatasetSource
+from tests import preloaded
 from tests.conftest import SENTENCES
 from tests.triplets import write_jsonl
 
@@ -156,9 +155,9 @@ def test_activations_in_int8_too(asked, model, tmp_path, rounding):
 
 def test_the_script_writes_half_the_bytes_of_bf16(checkpoint, tmp_path):
     NVEmbedModel.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    command = [sys.executable, ROOT / "train/compress/quantize.py", "--model_name_or_path", tmp_path / "bf16"]
+    command = [ROOT / "train/compress/quantize.py", "--model_name_or_path", tmp_path / "bf16"]
     command += ["--output_dir", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = preloaded.run(*command)
     assert done.returncode == 0, done.stderr
     assert "in int8" in done.stdout and "in int8" in (tmp_path / "out" / "README.md").read_text()
     bytes_of = []
@@ -168,7 +167,7 @@ def test_the_script_writes_half_the_bytes_of_bf16(checkpoint, tmp_path):
             tensors = {name: file.get_tensor(name) for name in names}
         bytes_of.append(sum(t.nbytes for name, t in tensors.items() if not name.endswith(("scale", "zero_point"))))
     assert bytes_of[1] == bytes_of[0] / 2
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    again = preloaded.run(*command)
     assert again.returncode != 0 and again.stderr.splitlines()[-1].startswith("quantize: ")
     assert "already holds a checkpoint" in again.stderr.splitlines()[-1]
 

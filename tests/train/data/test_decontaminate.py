@@ -1,8 +1,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import mteb
 import pytest
@@ -18,6 +16,8 @@ from nvembed.train.data.decontaminate import (
     evaluation_texts,
     read_rule,
 )
+from tests import preloaded
+from tests.conftest import ROOT
 from tests.triplets import write_jsonl
 
 
@@ -186,16 +186,17 @@ def test_script(tmp_path, tasks):
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["n"]} for i in range(3)]
     rows[1]["positive"] = "A  dog"
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
-    command = [sys.executable, "-m", "nvembed.train.data.decontaminate", "--path", path, "--against", tasks]
-    dry = subprocess.run([*command, "--dry_run"], check=True, capture_output=True, text=True)
+    command = [ROOT / "train/data/decontaminate.py", "--path", path, "--against", tasks]
+    dry = preloaded.run(*command, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
     assert json.loads(dry.stdout) == {"triplets": 3, "positive, normalized, sts": 1, "triplets dropped": 1}
     output = tmp_path / "clean.jsonl"
-    subprocess.run([*command, "--output", output], check=True, capture_output=True)
+    assert preloaded.run(*command, "--output", output).returncode == 0
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["query"] for row in written] == ["q0", "q2"]
     assert not any("instruction" in row for row in written), "training can still give one"
     (dropped,) = json.loads((tmp_path / "clean.report.json").read_text())["dropped"]
     assert dropped == {"part": "positive", "text": "A  dog", "match": "normalized", "set": "sts", "with": "a dog"}
-    again = subprocess.run([*command, "--output", output], capture_output=True, text=True)
+    again = preloaded.run(*command, "--output", output)
     assert again.returncode == 1
     assert re.search(r"decontaminate: .*clean.jsonl exists", again.stderr)

@@ -1,7 +1,5 @@
 import json
 import random
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -14,6 +12,8 @@ from nvembed.train.data.mining import MiningRules, mine_negatives
 from nvembed.train.data.prepared import write_jsonl
 from nvembed.train.data.source import Pairs
 from nvembed.train.data.teachers import BM25, EmbeddingModel, Reranked, split_words
+from tests import preloaded
+from tests.conftest import ROOT
 
 
 class Fixed:
@@ -319,8 +319,9 @@ def test_script_writes_ready_triplets_and_overwrites_nothing(tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps({"query": f"w{i} a", "positive": f"w{i} b"}) + "\n" for i in range(4)))
     output = tmp_path / "out" / "mined.jsonl"
-    command = [sys.executable, "-m", "nvembed.train.data.mine_negatives", "--path", source, "--output", output]
-    subprocess.run([*command, "--num_negatives", "2", "--instruction", "Find"], check=True, capture_output=True)
+    command = [ROOT / "train/data/mine_negatives.py", "--path", source, "--output", output]
+    done = preloaded.run(*command, "--num_negatives", "2", "--instruction", "Find")
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 4
     assert all(len(row["negatives"]) == 2 and row["instruction"] == "Find" for row in rows)
@@ -329,7 +330,7 @@ def test_script_writes_ready_triplets_and_overwrites_nothing(tmp_path):
         write_jsonl(output, rows)
     with source.open("a") as file:
         file.write(json.dumps({"query": "w9 a", "positive": "w9 b", "instruction": ""}) + "\n")
-    subprocess.run([*command[:-1], tmp_path / "bare.jsonl"], check=True, capture_output=True)
+    assert preloaded.run(*command[:-1], tmp_path / "bare.jsonl").returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "bare.jsonl").read_text().splitlines()]
     assert not any("instruction" in row for row in rows[:4]), "training can still give one"
     assert rows[4]["instruction"] == "", "none, as the row says"

@@ -4,8 +4,6 @@ import asyncio
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +14,8 @@ import pytest
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.data.synthesize import Settings, read_example, read_json, synthesize
 from nvembed.train.data.writers import Answer, Answers, Endpoint, LocalModel
+from tests import preloaded
+from tests.conftest import ROOT
 from tests.triplets import prepare
 
 
@@ -285,14 +285,14 @@ def test_an_endpoint_that_is_down_is_named_and_loses_nothing(endpoint, tmp_path)
 def test_a_killed_run_repeats_no_answer(endpoint, tmp_path):
     endpoint.respond = lambda prompt, number: (*good(prompt, number)[:2], 0.02)
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "nvembed.train.data.synthesize", "--endpoint", endpoint.url, "--model", "m"]
+    command = [ROOT / "train/data/synthesize.py", "--endpoint", endpoint.url, "--model", "m"]
     command += ["--tasks", "60", "--output_dir", folder, "--concurrency", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = preloaded.start(*command)
     deadline = time.monotonic() + 60
     while len(endpoint.prompts) < 20 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     kept = len(rows(folder / "answers.jsonl"))
     assert 15 <= kept <= 25
     assert not (folder / "train.jsonl").exists()
@@ -300,7 +300,8 @@ def test_a_killed_run_repeats_no_answer(endpoint, tmp_path):
         file.write(b'{"key": "cut off')
     before = Counter(endpoint.prompts[:kept])
     endpoint.prompts.clear()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = preloaded.run(*command)
+    assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["counts"]["answers kept from before"] == kept
     assert report["counts"]["triplets"] == 60
