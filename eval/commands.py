@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -117,13 +117,21 @@ def as_typed(script: str, *arguments: str) -> str:
 def known_options(script: str) -> set[str]:
     """The options that a script of the project says it has (`--help`).
 
-    It says so in this process: several scripts share their imports, and each would else make them anew for ten seconds.
+    It is asked in this process: the scripts share their imports, which would otherwise take ten seconds for each.
+
+    Raises:
+        ValueError: it cannot say so, for want of a package for example.
     """
     said, argv = io.StringIO(), sys.argv
     try:
         sys.argv = [str(ROOT / script), "--help"]
-        with redirect_stdout(said), suppress(SystemExit):
+        with redirect_stdout(said):
             runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise ValueError(f"{script} --help failed: {end.code}") from None
+    except ImportError as error:
+        raise ValueError(f"{script} does not start: {error}") from error
     finally:
         sys.argv = argv
     return {*re.findall(r"--([A-Za-z0-9_]+)", said.getvalue())}

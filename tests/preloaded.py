@@ -1,18 +1,22 @@
-"""Runs scripts of the project in processes forked from one that has their imports, nine of a short run's ten seconds.
+"""Runs scripts of the project in processes that are forked from one with their imports, which take most of a short run.
 
-Each is a process of its own that can be killed, with its own arguments and environment. What libraries read when they
-are imported is the pytest process's: tests that set such variables, or are about a launcher, start `python` themselves.
+Each is a process of its own that can be killed, with its own arguments and environment. Two things are not tested so:
+what libraries read when they are imported, and how the interpreter ends. Tests that are about these, or about a
+launcher, start `python` themselves.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,10 +26,12 @@ import yaml
 
 
 ROOT = Path(__file__).parents[1]
-READ_AT_IMPORT = ("HF_", "CUDA_", "OMP_", "MKL_", "TOKENIZERS_")
+READ_AT_IMPORT = ("HF_", "CUDA_", "OMP_", "MKL_")
+GRACE = 5  # seconds that the other processes get to end once one has failed
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["nvembed.train.run_stage", "nvembed.eval.run_mteb", "llmcompressor"])
+SERVER.set_forkserver_preload(["nvembed.train.run_stage", "nvembed.eval.run_mteb"])
+read_by_server: dict[str, str] = {}
 
 
 def start(
@@ -38,12 +44,15 @@ def start(
         output: files to which its standard output and its errors are added; none: nowhere.
 
     Raises:
-        ValueError: `env` has a variable that libraries have read by then.
+        ValueError: the environment has, by now, other values of variables that libraries read when they are imported.
     """
-    if too_late := [name for name in env or {} if name.startswith(READ_AT_IMPORT)]:
-        raise ValueError(f"{', '.join(too_late)} would change nothing: libraries read it when they are imported")
+    environment = os.environ | (env or {})
+    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    if changed := sorted(read.items() ^ (read_by_server or read).items()):
+        raise ValueError(f"{changed[0][0]} would change nothing: libraries have read it when they were imported")
+    read_by_server.update(read)
     argv = [str(part) for part in (script, *arguments)]
-    process = SERVER.Process(target=_run, args=(argv, env or {}, output or (os.devnull, os.devnull)))
+    process = SERVER.Process(target=_run, args=(argv, environment, output or (os.devnull, os.devnull)))
     process.start()
     return process
 
@@ -55,31 +64,34 @@ def run(
 
     Args:
         env: what is added to the environment.
-        processes: how many run it together, with the variables that torchrun gives them; if one fails, the others are
-            killed.
+        processes: how many run it together, each with its RANK, WORLD_SIZE and so on, as torchrun gives them. If one
+            fails, the others are killed, as are the processes that they have started.
         timeout: seconds after which all are killed.
 
     Raises:
         subprocess.TimeoutExpired: it took longer.
     """
     command = [script, *arguments]
+    running: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "stdout"), Path(folder, "stderr")
-        ranks = [{}] if processes == 1 else _ranks(processes)
-        running = {start(*command, env=rank | (env or {}), output=output) for rank in ranks}
-        code, deadline = 0, time.monotonic() + timeout
-        while running and code == 0:
-            ended = wait([process.sentinel for process in running], deadline - time.monotonic())
-            for process in [process for process in running if process.sentinel in ended]:
-                process.join()
-                running.remove(process)
-                code = code or process.exitcode
-            if not ended:
-                break
-        for process in running:
-            process.kill()
-            process.join()
-        stdout, stderr = (file.read_text(encoding="utf-8") for file in output)
+        for file in output:
+            file.touch()
+        try:
+            for rank in [{}] if processes == 1 else _ranks(processes):
+                running.append(start(*command, env=rank | (env or {}), output=output))
+            code, deadline = 0, time.monotonic() + timeout
+            while running and time.monotonic() < deadline:
+                ended = wait([process.sentinel for process in running], deadline - time.monotonic())
+                for process in [process for process in running if process.sentinel in ended]:
+                    process.join()
+                    running.remove(process)
+                    if code == 0 and process.exitcode != 0:
+                        code, deadline = process.exitcode, min(deadline, time.monotonic() + GRACE)
+        finally:
+            for process in running:
+                _kill(process)
+        stdout, stderr = (file.read_text(encoding="utf-8", errors="replace") for file in output)
     if running and code == 0:
         raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
     return subprocess.CompletedProcess(command, code, stdout, stderr)
@@ -106,13 +118,26 @@ def _ranks(processes: int) -> Iterator[dict[str, str]]:
         yield common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
 
 
-def _run(argv: list[str], env: dict[str, str], output: tuple[Path | str, ...]) -> None:
+def _kill(process: BaseProcess) -> None:
+    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _run(argv: list[str], environment: dict[str, str], output: tuple[Path | str, ...]) -> None:
     """In the new process."""
+    os.setsid()
     for descriptor, path in enumerate(output, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
         os.close(file)
-    os.environ.update(env)
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)  # more are no faster on tests' models
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    sys.path.insert(0, str(Path(argv[0]).parent))
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without

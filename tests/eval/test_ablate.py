@@ -44,7 +44,7 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     grid = write_grid(axes=axes, merge_seeds=True, seeds=[1, 2])
     command = [ROOT / "eval/ablate.py", grid, "--jobs", str(min(2, os.cpu_count()))]
     command += ["--output_dir", tmp_path / "out", "--page", tmp_path / "PAGE.md"]
-    done = preloaded.run(*command)
+    done = preloaded.run(*command, timeout=900)
     assert done.returncode == 1 and "2 runs failed" in done.stderr, done.stderr
     results = Results(**json.loads((tmp_path / "out" / "grid.json").read_text()))
     grid = Grid.read(str(grid))

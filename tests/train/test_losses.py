@@ -264,7 +264,6 @@ def test_memory_grows_with_rows_times_candidates(tmp_path):
     script = """
 import resource, sys, torch
 from nvembed.train.losses import contrast, is_negative
-from tests import preloaded
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 normalize = torch.nn.functional.normalize

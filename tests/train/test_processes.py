@@ -1,4 +1,4 @@
-"""The training scripts as commands: in one process, in two, sharded, resumed, and with one that fails."""
+"""The training scripts in one process, in two, sharded, resumed, and with one that fails."""
 
 import json
 import re

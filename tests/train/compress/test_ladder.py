@@ -39,7 +39,7 @@ def recipe(checkpoint, tmp_path, sentences):
 
 @pytest.mark.slow
 def test_a_ladder_makes_measures_and_keeps_every_step(recipe, tmp_path):
-    done = preloaded.run(ROOT / "train/compress/ladder.py", recipe())
+    done = preloaded.run(ROOT / "train/compress/ladder.py", recipe(), timeout=900)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "ladder.json").read_text())
     assert [result["rung"] for result in results] == ["start", "quantize"]
