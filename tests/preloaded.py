@@ -1,8 +1,8 @@
 """Runs scripts of the project in processes that are forked from one with their imports, which take most of a short run.
 
-Each is a process of its own that can be killed, with its own arguments and environment. Two things are not tested so:
-what libraries read when they are imported, and how the interpreter ends. Tests that are about these, or about a
-launcher, start `python` themselves.
+Each is a process of its own that can be killed, with its own arguments and environment. Three things are not tested so:
+what libraries read when they are imported, other hash seeds, which the order of sets depends on, and how the
+interpreter ends. Tests that are about these, or about a launcher, start `python` themselves.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -46,14 +46,15 @@ def start(
     Raises:
         ValueError: the environment has, by now, other values of variables that libraries read when they are imported.
     """
+    if not read_by_server:
+        read_by_server.update(_read_at_import(os.environ))
     environment = os.environ | (env or {})
-    read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
-    if changed := sorted(read.items() ^ (read_by_server or read).items()):
+    if changed := sorted(_read_at_import(environment).items() ^ read_by_server.items()):
         raise ValueError(f"{changed[0][0]} would change nothing: libraries have read it when they were imported")
-    read_by_server.update(read)
     argv = [str(part) for part in (script, *arguments)]
     process = SERVER.Process(target=_run, args=(argv, environment, output or (os.devnull, os.devnull)))
     process.start()
+    atexit.register(_kill, process)  # a test that fails may leave it
     return process
 
 
@@ -108,6 +109,10 @@ def run_sharded(script: Path, *arguments: object) -> subprocess.CompletedProcess
     return run(stage, script, *arguments, "--ddp_backend=gloo", processes=2, env=env)
 
 
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+
+
 def _ranks(processes: int) -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -119,10 +124,12 @@ def _ranks(processes: int) -> Iterator[dict[str, str]]:
 
 
 def _kill(process: BaseProcess) -> None:
-    process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    """Kills a process and those that it has started, if it is still there."""
+    if process.is_alive():
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def _run(argv: list[str], environment: dict[str, str], output: tuple[Path | str, ...]) -> None:
