@@ -18,6 +18,7 @@ from nvembed.eval.results import claim_folder
 from nvembed.eval.run_mteb import MtebArguments, run
 from nvembed.texts_nvembed import format_instruction, tokenize
 from tests import preloaded
+from tests.train.test_processes import TORCHRUN
 
 
 SCRIPT = Path(run_mteb.__file__)
@@ -127,8 +128,9 @@ def test_a_result_cut_off_by_a_kill_is_measured_again(arguments, tmp_path, caplo
 @pytest.mark.slow
 def test_two_processes_measure_as_one(arguments, checkpoint, data, tmp_path):
     two = command(checkpoint, data / "tasks.yaml", tmp_path / "two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, *map(str, two)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", *TORCHRUN, *map(str, two)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("average of 7 tasks") == 1, "one process prints"
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())

@@ -87,12 +87,12 @@ def test_loss_curve_is_the_same_in_one_process_two_and_sharded(tmp_path, checkpo
     """20 steps of the same batches of 8: one process, DDP, FSDP2, and one that accumulates or caches."""
     in_parts = ["--gradient_accumulation_steps=2"] if script == "stage2.py" else ["--chunk_tokens=50"]
     curves = {}
-    stage, in_two = ROOT / "train" / script, ["--ddp_backend=gloo", "--chunk_tokens=100"]
+    stage = ROOT / "train" / script
     for name, run, options in (
         ("one", partial(preloaded.run, stage), []),
         ("in parts", partial(preloaded.run, stage), in_parts),
-        ("ddp", partial(preloaded.run, stage, processes=2), in_two),
-        ("fsdp2", partial(preloaded.run_sharded, stage), in_two[1:]),
+        ("ddp", partial(preloaded.run, stage, processes=2), ["--ddp_backend=gloo", "--chunk_tokens=100"]),
+        ("fsdp2", partial(preloaded.run_sharded, stage), ["--chunk_tokens=100"]),
     ):
         common = ["--batch_size=8", "--max_steps=20", "--learning_rate=3e-3", "--disable_tqdm=true"]
         common += ["--report_to=none", "--log_level=error"]
