@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
 
+from nvembed.eval.peak_memory import peak_memory
 from nvembed.eval.spread import effective_rank
 from nvembed.train.losses import Contrast, Spread
 
@@ -51,7 +52,7 @@ class LogWindow:
         self.count_false_negatives, self.needs_negatives = count_false_negatives, needs_negatives
         self.is_of_one_set = is_of_one_set
         self.flops = flops_per_token(model)
-        self.peak = peak_flops(device)
+        self.device, self.peak = device, peak_flops(device)
         self._clear()
 
     def _clear(self) -> None:
@@ -100,6 +101,12 @@ class LogWindow:
         """Excludes time spent on something other than training."""
         self.start += seconds
 
+    def _peak_memory(self) -> float:
+        try:
+            return peak_memory(self.device)
+        except OSError:  # not on Linux
+            return 0.0
+
     def close(self) -> dict[str, float]:
         """Figures for the log, the same on all processes, which must all call it; the next window begins.
 
@@ -109,7 +116,8 @@ class LogWindow:
         are of this window; similarities are cosines, means over the rows. `false_negatives`, if they are left
         out, is how many. Parts of the loss, unweighted, are `kd/<part>` and `spread_out`; `mean_cosine` is that of
         unrelated queries (`losses.spread_out`), `effective_rank` that of the window's texts, up to RANKED_TEXTS on each
-        process.
+        process. `peak_memory_gb`, where the system tells, is the most that a process has held since its start: that
+        torch allocated on its GPU, or resident.
 
         Raises:
             ValueError: no row of the window had a negative on any process, so that there was nothing to learn.
@@ -125,7 +133,8 @@ class LogWindow:
         losses = {name: loss for name, loss in losses.items() if not math.isnan(loss) or name != "mean_cosine"}
         if self.sample is not None:
             losses["effective_rank"] = effective_rank(self.sample)
-        everywhere = gather_object([(self.tokens, dict(sums), positive, hardest, sum(left_out), losses)])
+        own = (self.tokens, dict(sums), positive, hardest, sum(left_out), losses, self._peak_memory())
+        everywhere = gather_object([own])
         self._clear()
 
         if self.needs_negatives and any(part[1] for part in everywhere) and not any(part[3][0] for part in everywhere):
@@ -141,6 +150,8 @@ class LogWindow:
         logs = {"tokens_per_second": round(tokens_per_second, 1)}
         if self.peak is not None:
             logs["share_of_peak"] = round(tokens_per_second * self.flops / (self.peak * len(everywhere)), 4)
+        if memory := max(part[6] for part in everywhere):
+            logs["peak_memory_gb"] = round(memory, 2)
         for name, place in (("positive_similarity", 2), ("hardest_negative_similarity", 3)):
             if count := sum(part[place][0] for part in everywhere):
                 logs[name] = round(sum(part[place][1] for part in everywhere) / count, 4)

@@ -18,7 +18,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from nvembed import NVEmbedModel
-from nvembed.eval.speed.encode import peak_memory, real_texts, reset_peak_memory, timed
+from nvembed.eval.peak_memory import peak_memory, reset_peak_memory
+from nvembed.eval.speed.encode import real_texts, timed
 from nvembed.eval.stored import stored_bytes
 
 

@@ -33,12 +33,11 @@ from torch.sparse import to_sparse_semi_structured
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedModel
+from nvembed.eval.peak_memory import peak_memory, reset_peak_memory
 from nvembed.eval.speed.encode import (
     SHAPES,
-    peak_memory,
     random_model,
     real_texts,
-    reset_peak_memory,
     timed,
     train_tokenizer,
 )

@@ -28,6 +28,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
 from nvembed import NVEmbedConfig, NVEmbedModel
+from nvembed.eval.peak_memory import peak_memory, reset_peak_memory
 from nvembed.modeling_nvembed import FoldedLatentAttention, LatentAttention, MeanPooling
 from nvembed.texts_nvembed import PaddedLayout, format_instruction, pad, tokenize
 
@@ -158,23 +159,6 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize()
     return time.perf_counter() - start
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with open("/proc/self/clear_refs", "w") as file:  # Linux: 5 resets the peak of the resident set
-            file.write("5")
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB since the last reset: allocated on the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 # --- The run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nvembed.eval.speed.encode import peak_memory
+from nvembed.eval.peak_memory import peak_memory
 
 
 def report(path: Path) -> None:

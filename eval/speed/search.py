@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nvembed.eval.peak_memory import peak_memory
 from nvembed.eval.search import exact_search
-from nvembed.eval.speed.encode import peak_memory
 from nvembed.eval.vectors import SHARD_ROWS, MadeFrom, VectorShards, shard_path, write_manifest, write_shard
 
 

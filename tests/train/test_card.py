@@ -65,12 +65,15 @@ def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
     assert first == (tmp_path / "two" / "loss_stage1.png").read_bytes()
     assert first != (tmp_path / "two" / "loss_stage1_2.png").read_bytes()
     assert "Mean cosine" not in text, "an earlier version's log has none"
+    assert "GB of memory" not in text, "nor that"
     history = [
-        {"step": step, "loss": 9.0, "mean_cosine": x, "effective_rank": 90.4} for step, x in ((1, 0.9), (5, 0.2))
+        {"step": step, "loss": 9.0, "mean_cosine": x, "effective_rank": 90.4, "peak_memory_gb": memory}
+        for step, x, memory in ((1, 0.9, 6.64), (5, 0.2, 5.0))  # resumed between
     ]
     (tmp_path / "three").mkdir()
     write_card(tmp_path / "three", make_run("stage1", "org/decoder", history=history), "three")
     text = (tmp_path / "three" / "README.md").read_text()
+    assert "; at most 6.6 GB of memory a process." in text
     assert (
         "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of texts of the steps before 90, then 90."
         in text

@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +35,8 @@ def test_window_adds_up_what_each_set_gave():
     window.leave_out(8)
     logs = window.close()
     assert logs.pop("tokens_per_second") == pytest.approx(24 / 2, rel=0.1)
+    held = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e9
+    assert logs.pop("peak_memory_gb") == pytest.approx(held, abs=0.02)
     assert logs == {
         "positive_similarity": 0.75,
         "hardest_negative_similarity": 0.2,  # of the rows that have a negative
@@ -44,7 +48,7 @@ def test_window_adds_up_what_each_set_gave():
         "mean_cosine": 0.25,
         "effective_rank": 4.0,
     }
-    assert window.close() == {"tokens_per_second": 0.0}, "the next window is empty"
+    assert window.close().keys() == {"tokens_per_second", "peak_memory_gb"}, "the next window is empty"
     counting = LogWindow(torch.nn.Linear(2, 2), torch.device("cpu"), count_false_negatives=True)
     counting.add(batch, rows_of([1.0, 5.0]), SPREAD, EMBEDDINGS)
     assert counting.close()["false_negatives"] == 3, "two of the batch, one of the teacher"
