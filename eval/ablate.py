@@ -7,7 +7,7 @@
 A grid is a YAML file: a recipe, axes of overrides, seeds, tasks (see `eval/ablations/`). Each run is the commands that
 one would type: train/init_checkpoint.py, the stages, eval/run_mteb.py; runs that begin alike share their first steps.
 Every result is saved as soon as it is there; to resume a stopped grid, run the same command. A run that fails is named
-below the table, and the others go on.
+below the table, and the others go on. `--report_only` writes what there is so far, also while the grid runs.
 """
 
 import argparse
@@ -59,6 +59,13 @@ def ablate(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(grid, Runner(grid, folder, open_results(grid, folder, args.mix_revisions), args.jobs))
         return 0
+    if args.report_only:
+        results = open_results(grid, folder, args.mix_revisions)
+        if not any(run.key in results.scores for run in grid.runs()):
+            raise ValueError(f"{folder} has no scores of {args.grid} yet: run it without --report_only")
+        results.failed = {}  # in the last run of any grid in this folder
+        write(grid, results, folder, args)
+        return 0
     with claimed(folder):
         results = open_results(grid, folder, args.mix_revisions)
         runner = Runner(grid, folder, results, args.jobs)
@@ -96,7 +103,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with a share of the cores")
     parser.add_argument("--use_gpu", action="store_true", help="train on GPUs even where the recipe sets use_cpu")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
+    instead.add_argument("--report_only", action="store_true", help="run nothing, and write what has been measured")
     parser.add_argument("--page", help="Markdown file to write the section into")
     parser.add_argument("--mix_revisions", action="store_true", help="go on with results that other code has made")
     with errors_in_one_line():

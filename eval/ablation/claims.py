@@ -12,8 +12,10 @@ from nvembed.eval.ablation.runs import Table, cell_name
 
 LEVEL = 0.05
 TEST = (
-    f"Paired two-sided t-test at {LEVEL:.0%}, over each seed's mean difference between the cells that differ in this "
-    "alone. Fewer than three seeds claim nothing."
+    "A claim compares the rows that differ in its setting alone; where there are several such pairs, each seed's "
+    "difference is their mean, and a wide range says that the setting's effect depends on the others. p is of a "
+    f"two-sided t-test of whether the seeds' differences have a mean of zero; a claim holds below {LEVEL:g}. Fewer "
+    "than three seeds claim nothing."
 )
 
 
@@ -21,13 +23,15 @@ TEST = (
 class Verdict:
     """
     Args:
-        differences: better - worse of each seed, in points.
+        differences: better - worse of each seed, in points, the mean over all pairs of cells.
+        by_pair: the same of each pair, the mean over the seeds.
         paper: the same of the paper's scores, if the grid has them.
         p: of no difference; None: fewer than three seeds, or no spread between them.
     """
 
     claim: Claim
     differences: list[float]
+    by_pair: list[float]
     paper: float | None
     p: float | None
 
@@ -49,19 +53,20 @@ def judge(grid: Grid, scores: Table, claim: Claim) -> Verdict:
         ValueError: no task gives the claim's score.
     """
     pairs = matched(grid, claim)
-    differences = []
+    by_seed: list[list[float]] = []
     measured = next((one for by_seed in scores.values() for one in by_seed.values()), {claim.score: None})
     if claim.score not in measured:
         raise ValueError(f"{grid.file} names the score {claim.score!r}; the tasks give {listed(measured)}")
     for seed in map(str, grid.seeds):
         found = [(scores.get(a, {}).get(seed), scores.get(b, {}).get(seed)) for a, b in pairs]
         if found and all(one and other for one, other in found):
-            differences.append(statistics.mean(one[claim.score] - other[claim.score] for one, other in found))
+            by_seed.append([one[claim.score] - other[claim.score] for one, other in found])
+    differences, by_pair = [statistics.mean(one) for one in by_seed], [statistics.mean(one) for one in zip(*by_seed)]
     known = [(grid.paper.get(a), grid.paper.get(b)) for a, b in pairs] if claim.score == "average" else []
     paper = None
     if known and not any(None in pair for pair in known):
         paper = statistics.mean(one - other for one, other in known)
-    return Verdict(claim, differences, paper, p_value(differences))
+    return Verdict(claim, differences, by_pair, paper, p_value(differences))
 
 
 def p_value(differences: list[float]) -> float | None:

@@ -19,6 +19,9 @@ from nvembed.eval.markdown_table import markdown_table
 def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     """Markdown; `folder` has the chart and the scores, as the page sees it; `command` is what makes the section."""
     is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
+    failed = {(cell, seed) for cell, one in results.failed.items() for seed in one}
+    waiting = [run for run in results.missing(grid) if (cell_name(run.cell), str(run.seed)) not in failed]
+    runs = len(grid.runs())  # more than those of the folded grid
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
     name = grid.file.stem
     digests = sorted(digests_in(code for key, code in results.code.items() if key in own))
@@ -35,6 +38,8 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]
         lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
     lines += ["", f"![{grid.title}: score of each cell]({(folder / f'{name}.png').as_posix()})", ""]
+    if waiting:
+        lines += [f"Without scores so far: {len(waiting)} of {runs} runs.", ""]
     if results.failed:
         lines += ["Runs that failed:", ""]
         lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
@@ -79,15 +84,19 @@ def shown(scores: list[float], with_count: bool = False) -> str:
 
 def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
     has_paper = any(verdict.paper is not None for verdict in verdicts)
-    rows = [["claim", "score", "difference", "p", "verdict", *(["difference in the paper"] if has_paper else [])]]
+    has_pairs = any(len(verdict.by_pair) > 1 for verdict in verdicts)
+    header = ["claim", "score", "difference", *(["by pair of rows"] if has_pairs else []), "p", "verdict"]
+    rows = [header + (["difference in the paper"] if has_paper else [])]
     for verdict in verdicts:
         difference = f"{statistics.mean(verdict.differences):+.2f}" if verdict.differences else "-"
         if len(verdict.differences) > 1:
             difference += f" ± {statistics.stdev(verdict.differences):.2f}"
         p = "-" if verdict.p is None else f"{verdict.p:.3f}"
         paper = "-" if verdict.paper is None else f"{verdict.paper:+.2f}"
-        row = [verdict.claim.text, verdict.claim.score, difference, p, verdict.words]
-        rows.append([*row, paper] if has_paper else row)
+        by_pair = sorted(verdict.by_pair)
+        between = f"{by_pair[0]:+.2f} to {by_pair[-1]:+.2f}" if len(by_pair) > 1 else "-"
+        row = [verdict.claim.text, verdict.claim.score, difference, *([between] if has_pairs else []), p, verdict.words]
+        rows.append(row + ([paper] if has_paper else []))
     return rows
 
 

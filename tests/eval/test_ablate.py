@@ -5,13 +5,14 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from nvembed.eval.ablate import print_plan
+from nvembed.eval.ablate import main, print_plan
 from nvembed.eval.ablation import provenance, runner
 from nvembed.eval.ablation.grid import MERGED, Grid
 from nvembed.eval.ablation.grid_file import find_grid
@@ -278,6 +279,34 @@ def test_trainings_move_to_the_gpu(write_grid):
     sizes = {"latents": {"4": {"init": {"num_latents": 4}}, "8": {"init": {"num_latents": 8}}}}
     with pytest.raises(ValueError, match="--use_gpu is for trainings, and no run has one"):
         Grid.read(write_grid(axes=sizes, steps=["init"], options={})).train_on_gpu()
+
+
+def test_a_report_of_a_grid_that_is_not_through(write_grid, tmp_path, monkeypatch, capsys):
+    """Of what has been measured, with how much is missing; it runs nothing, also while the grid runs."""
+    file = write_grid(seeds=[1, 2])
+    grid, out = Grid.read(str(file)), tmp_path / "out"
+    command = ["ablate.py", str(file), "--output_dir", str(out), "--page", str(tmp_path / "PAGE.md"), "--report_only"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="out has no scores of .*: run it without --report_only"):
+        main()
+    assert not (tmp_path / "PAGE.md").exists()
+    results = open_results(grid, out, False)
+    results.scores = {run.key: {"scored": 40.0, "average": 40.0} for run in grid.runs()[:3]}
+    results.failed = {"a cell of another grid": {"1": "ValueError: x"}}
+    out.mkdir()
+    results.save(out)
+    before = (out / "grid.json").read_bytes()
+    with claimed(out):
+        main()
+    page = (tmp_path / "PAGE.md").read_text()
+    assert "| 40.00 ± 0.00 (2) |" in page and "| 40.00 (1) |" in page
+    assert "Without scores so far: 1 of 4 runs." in page and "another grid" not in page
+    assert "--report_only" not in page, "the command makes all of it"
+    assert (out / "grid.json").read_bytes() == before and (tmp_path / "ablations" / "grid.png").is_file()
+    monkeypatch.setattr(sys, "argv", [*command, "--dry_run"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_page_keeps_its_other_sections(tmp_path):
