@@ -13,6 +13,7 @@ below the table, and the others go on. `--report_only` writes what there is so f
 import argparse
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
@@ -27,6 +28,7 @@ from nvembed.eval.ablation.runner import (
     visible_devices,
 )
 from nvembed.eval.commands import errors_in_one_line
+from nvembed.eval.files import locked
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -52,7 +54,7 @@ def ablate(args: argparse.Namespace) -> int:
         check_seeds(args.seeds)
         grid.seeds = args.seeds
     if args.use_gpu:
-        if not (args.dry_run or visible_devices()):
+        if not (args.dry_run or args.report_only or visible_devices()):
             raise ValueError("--use_gpu is set and there is no GPU that torch can use; leave it out")
         grid.train_on_gpu()
     check_options(grid)
@@ -60,20 +62,36 @@ def ablate(args: argparse.Namespace) -> int:
         print_plan(grid, Runner(grid, folder, open_results(grid, folder, args.mix_revisions), args.jobs))
         return 0
     if args.report_only:
-        results = open_results(grid, folder, args.mix_revisions)
-        if not any(run.key in results.scores for run in grid.runs()):
-            raise ValueError(f"{folder} has no scores of {args.grid} yet: run it without --report_only")
-        results.failed = {}  # in the last run of any grid in this folder
-        write(grid, results, folder, args)
-        return 0
+        return report(grid, folder, args)
     with claimed(folder):
         results = open_results(grid, folder, args.mix_revisions)
         runner = Runner(grid, folder, results, args.jobs)
         lines = [line for name, own in runner.commands().items() for line in (f"# {name}", *own)]
         (folder / f"{grid.file.stem}.commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         runner.run()
+        with reporting(folder):
+            write(grid, results, folder, args)
+    return len(results.failures(grid))
+
+
+def report(grid: Grid, folder: Path, args: argparse.Namespace) -> int:
+    """Writes what has been measured, by whatever code, also while the grid runs; returns how many runs have failed."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: run {args.grid} without --report_only")
+    with reporting(folder):
+        results = open_results(grid, folder, mix_revisions=True)
+        if not any(run.key in results.scores for run in grid.runs()):
+            raise ValueError(
+                f"{folder} has no scores of {args.grid} with these options: give the --seeds and --use_gpu that it ran "
+                "with, or run it without --report_only"
+            )
         write(grid, results, folder, args)
-    return sum(len(one) for one in results.failed.values())
+    return len(results.failures(grid))
+
+
+def reporting(folder: Path) -> AbstractContextManager:
+    """Has two processes write a grid's section one after the other."""
+    return locked(folder, lambda: None, ".report.lock")
 
 
 def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) -> None:

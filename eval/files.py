@@ -32,14 +32,15 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, when_busy: Callable[[], None]) -> Iterator[None]:
+def locked(folder: Path, when_busy: Callable[[], None], name: str = ".lock") -> Iterator[None]:
     """Runs the body while no other process that asks for it has the folder, which is made if it is missing.
 
     Args:
+        name: of the lock, where a folder has several.
         when_busy: called if another process has it; if that does not raise, this one waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", mode=0o664)  # a group may share the folder
+    lock = FileLock(folder / name, mode=0o664)  # a group may share the folder
     try:
         lock.acquire(timeout=0)
     except Timeout:

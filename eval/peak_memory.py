@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 
 
+STATUS = Path("/proc/self/status")
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Lets the next peak begin at what is held now. On CPUs, Linux alone has this."""
     if device.type == "cuda":
@@ -18,9 +21,12 @@ def peak_memory(device: torch.device) -> float:
     """GB (1e9 bytes) at most since the last reset, or the process's start: allocated on the GPU, or resident.
 
     Raises:
-        OSError: the device is not a GPU of CUDA's, and the system has no /proc (other than Linux).
+        OSError: the device is not a GPU of CUDA's, and the system does not tell: it has no /proc (macOS, Windows), or
+            one without this figure (gVisor).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e9
+    for line in STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise OSError(f"{STATUS} has no VmHWM: this system does not tell the peak of resident memory")

@@ -340,7 +340,7 @@ def training_text(run: TrainingRun) -> str:
     seconds = sum(entry["train_runtime"] for entry in run.history if "train_runtime" in entry)
     text += f"; {seconds / 60:.1f} minutes since the last start" if seconds else ""
     memory = max((entry["peak_memory_gb"] for entry in run.history if "peak_memory_gb" in entry), default=0)
-    text += f"; at most {memory:.1f} GB of memory a process.\n\n" if memory else ".\n\n"
+    text += f"; at most {memory:.1f} GB of memory a process, of its GPU if it had one.\n\n" if memory else ".\n\n"
     spread = spread_text(run.history)
     spread = f"\n\n{spread}" if spread else ""
     return f"{text}{markdown_table(rows, 3)}\n\n{markdown_table(settings, 2)}{spread}"

@@ -52,7 +52,8 @@ class LogWindow:
         self.count_false_negatives, self.needs_negatives = count_false_negatives, needs_negatives
         self.is_of_one_set = is_of_one_set
         self.flops = flops_per_token(model)
-        self.device, self.peak = device, peak_flops(device)
+        self.device = device
+        self.peak_flops = peak_flops(device)
         self._clear()
 
     def _clear(self) -> None:
@@ -104,7 +105,7 @@ class LogWindow:
     def _peak_memory(self) -> float:
         try:
             return peak_memory(self.device)
-        except OSError:  # not on Linux
+        except OSError:  # this system does not tell
             return 0.0
 
     def close(self) -> dict[str, float]:
@@ -148,8 +149,8 @@ class LogWindow:
             logger.warning(f"{nothing}: they may all be of one class; in larger batches, that is rarer")
         tokens_per_second = sum(part[0] for part in everywhere) / seconds
         logs = {"tokens_per_second": round(tokens_per_second, 1)}
-        if self.peak is not None:
-            logs["share_of_peak"] = round(tokens_per_second * self.flops / (self.peak * len(everywhere)), 4)
+        if self.peak_flops is not None:
+            logs["share_of_peak"] = round(tokens_per_second * self.flops / (self.peak_flops * len(everywhere)), 4)
         if memory := max(part[6] for part in everywhere):
             logs["peak_memory_gb"] = round(memory, 2)
         for name, place in (("positive_similarity", 2), ("hardest_negative_similarity", 3)):

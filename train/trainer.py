@@ -246,7 +246,8 @@ class EmbeddingTrainer(Trainer):
         if "loss" in logs:
             logs |= self._window.close()
         elif "train_loss" in logs:  # the end of training: drops the batches since the last log
-            self._window.close()
+            last = self._window.close()
+            logs |= {key: last[key] for key in ("peak_memory_gb",) if key in last}
         super().log(logs, start_time)
 
     def save_merged(self, write_card: Callable[[Path, bool], None] | None = None) -> None:

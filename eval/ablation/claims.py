@@ -12,10 +12,13 @@ from nvembed.eval.ablation.runs import Table, cell_name
 
 LEVEL = 0.05
 TEST = (
-    "A claim compares the rows that differ in its setting alone; where there are several such pairs, each seed's "
-    "difference is their mean, and a wide range says that the setting's effect depends on the others. p is of a "
-    f"two-sided t-test of whether the seeds' differences have a mean of zero; a claim holds below {LEVEL:g}. Fewer "
-    "than three seeds claim nothing."
+    "A claim compares the rows that differ in its setting alone. p is of a two-sided t-test of whether the mean of the "
+    f"seeds' differences is zero; below {LEVEL:g} a claim holds, or its opposite does. Fewer than three seeds claim "
+    "nothing."
+)
+PAIRS = (
+    "Where several pairs of rows differ so, a seed's difference is the mean of theirs; the range is of the pairs' "
+    "means over the seeds, which are not tested."
 )
 
 

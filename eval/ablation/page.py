@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from nvembed.eval.ablation.claims import TEST, Verdict, judge
+from nvembed.eval.ablation.claims import PAIRS, TEST, Verdict, judge
 from nvembed.eval.ablation.grid import MERGED, OWN, Grid
 from nvembed.eval.ablation.runner import MEASURING, Results, digests_in, keys_of, merged_keys
 from nvembed.eval.ablation.runs import Table, cell_name
@@ -19,9 +19,8 @@ from nvembed.eval.markdown_table import markdown_table
 def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     """Markdown; `folder` has the chart and the scores, as the page sees it; `command` is what makes the section."""
     is_zero_shot, own = bool(grid.zero_shot), keys_of(grid)
-    failed = {(cell, seed) for cell, one in results.failed.items() for seed in one}
-    waiting = [run for run in results.missing(grid) if (cell_name(run.cell), str(run.seed)) not in failed]
-    runs = len(grid.runs())  # more than those of the folded grid
+    failed, runs = results.failures(grid), len(grid.runs())
+    waiting = [run for run in results.missing(grid) if run.key not in results.failed]
     hours = sum(seconds for key, seconds in results.seconds.items() if key in own) / 3600
     name = grid.file.stem
     digests = sorted(digests_in(code for key, code in results.code.items() if key in own))
@@ -36,14 +35,13 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     lines.append(" ".join(legend))
     if grid.claims:
         verdicts = [judge(grid, table, claim) for claim in grid.claims]
-        lines += ["", markdown_table(claim_rows(verdicts), 1), "", TEST]
+        has_pairs = any(len(verdict.by_pair) > 1 for verdict in verdicts)
+        lines += ["", markdown_table(claim_rows(verdicts, has_pairs), 1), "", f"{TEST} {PAIRS}" if has_pairs else TEST]
     lines += ["", f"![{grid.title}: score of each cell]({(folder / f'{name}.png').as_posix()})", ""]
     if waiting:
-        lines += [f"Without scores so far: {len(waiting)} of {runs} runs.", ""]
-    if results.failed:
-        lines += ["Runs that failed:", ""]
-        lines += [f"- {cell}, seed {seed}: {why}" for cell, one in results.failed.items() for seed, why in one.items()]
-        lines.append("")
+        lines += [f"Not measured yet: {len(waiting)} of {runs} runs.", ""]
+    if failed:
+        lines += ["Runs that failed:", "", *(f"- {name}: {why}" for name, why in failed.items()), ""]
     made_by = [f"{library} {version}" for library, version in results.made_of.get("libraries", {}).items()]
     made_by.append(f"code {', '.join(digests) or '-'}")
     lines.append(
@@ -58,7 +56,7 @@ def score_rows(grid: Grid, table: Table) -> list[list[str]]:
     """Header and one row a cell."""
     first = next((score for one in table.values() for score in one.values()), {})
     tasks = [name for name in first if name != "average"]
-    has_merged = any(MERGED in one for one in table.values())
+    has_merged = grid.merge_seeds and len(grid.seeds) > 1
     header = [*grid.axes, "average", *tasks, *(["seeds merged"] if has_merged else [])]
     rows = [header + (["paper"] if grid.paper else [])]
     for cell in grid.cells():
@@ -82,9 +80,9 @@ def shown(scores: list[float], with_count: bool = False) -> str:
     return f"{statistics.mean(scores):.2f}{spread}" + (f" ({len(scores)})" if with_count else "")
 
 
-def claim_rows(verdicts: list[Verdict]) -> list[list[str]]:
+def claim_rows(verdicts: list[Verdict], has_pairs: bool) -> list[list[str]]:
+    """Header and one row a claim; `has_pairs`: with the range over several pairs of rows."""
     has_paper = any(verdict.paper is not None for verdict in verdicts)
-    has_pairs = any(len(verdict.by_pair) > 1 for verdict in verdicts)
     header = ["claim", "score", "difference", *(["by pair of rows"] if has_pairs else []), "p", "verdict"]
     rows = [header + (["difference in the paper"] if has_paper else [])]
     for verdict in verdicts:

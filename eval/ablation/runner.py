@@ -42,7 +42,7 @@ class Results:
         seconds: key of a step, or of a measurement -> how long it took; with `FAILED`, attempts that failed.
         code: key of a step, or of a measurement -> digest of the code that made it; several, with commas, of one that
             went on with other code.
-        failed: cell -> seed -> why.
+        failed: key of a run, or of a mean of checkpoints -> why it has no scores.
         commits: digest of the code -> the commit that it is of, where there is one.
     """
 
@@ -50,12 +50,16 @@ class Results:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
 
     def missing(self, grid: Grid) -> list[Run]:
         """The runs without scores."""
         return [run for run in grid.runs() if run.key not in self.scores]
+
+    def failures(self, grid: Grid) -> dict[str, str]:
+        """Why runs and means have no scores, by name."""
+        return {name: self.failed[key] for name, key in named_keys(grid).items() if key in self.failed}
 
     def by_cell(self, grid: Grid) -> Table:
         """Cell -> seed, as text, or "merged" -> scores, of this grid's cells and seeds."""
@@ -86,6 +90,12 @@ def merged_keys(grid: Grid) -> dict[str, str]:
         return {}
     keys = {name: json.dumps([step.key for step in steps]) for name, steps in lasts_of(grid).items()}
     return {name: f"{MERGED}-{hashlib.sha256(text.encode()).hexdigest()[:10]}" for name, text in keys.items()}
+
+
+def named_keys(grid: Grid) -> dict[str, str]:
+    """The keys of a grid's runs and of the means of its seeds, by what a page calls them."""
+    keys = {f"{cell_name(run.cell)}, seed {run.seed}": run.key for run in grid.runs()}
+    return keys | {f"{name}, seeds merged": key for name, key in merged_keys(grid).items()}
 
 
 def keys_of(grid: Grid) -> set[str]:
@@ -174,7 +184,8 @@ class Runner:
 
         Threads wait for the commands; all that is known is written by this one.
         """
-        self.results.failed = {}
+        for key in named_keys(self.grid).values():
+            self.results.failed.pop(key, None)
         runs = self.results.missing(self.grid)
         done, broken = set(), {}  # keys of steps that are there, and why others are not
         working = {}  # futures and their jobs
@@ -183,7 +194,7 @@ class Runner:
                 for run in list(runs):
                     missing = [step for step in run.last.chain if step.key not in done]
                     if blame := next((broken[step.key] for step in missing if step.key in broken), None):
-                        self._fail(cell_name(run.cell), str(run.seed), blame)
+                        self.results.failed[run.key] = blame
                         runs.remove(run)
                     elif len(working) < self.jobs and not missing:
                         runs.remove(run)
@@ -201,7 +212,7 @@ class Runner:
                         if error is None:
                             self.results.scores[job.key] = found
                         else:
-                            self._fail(cell_name(job.cell), str(job.seed), error)
+                            self.results.failed[job.key] = error
                     self.results.save(self.folder)
             self._merge(pool)
         self.results.save(self.folder)
@@ -314,7 +325,7 @@ class Runner:
             if error is None:
                 self.results.scores[key] = found
             else:
-                self._fail(name, MERGED, error)
+                self.results.failed[key] = error
             self.results.save(self.folder)
 
     def _log(self, key: str):
@@ -334,9 +345,6 @@ class Runner:
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         told = [line for line in lines if ERROR.match(line)] or [line for line in lines if line] or ["no output"]
         return f"{told[-1][:300]} ({log})"
-
-    def _fail(self, name: str, seed: str, reason: str) -> None:
-        self.results.failed.setdefault(name, {})[seed] = reason
 
 
 def making(jobs: Iterable[Step | Run]) -> set[str]:

@@ -30,6 +30,7 @@ from nvembed.eval.ablation.runner import (
     keys_of,
     open_results,
 )
+from nvembed.eval.ablation.runs import cell_name
 from nvembed.modeling_nvembed import NVEmbedModel
 from tests import preloaded
 from tests.triplets import write_jsonl
@@ -56,8 +57,10 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     failed = {key.removesuffix(FAILED) for key in results.seconds if key.endswith(FAILED)}
     assert len(failed) == 2 and not failed & results.seconds.keys(), "both seeds' trainings, which are not done"
     assert -100 <= table["low"][MERGED]["scored"] == table["low"][MERGED]["average"] <= 100
-    assert "ValueError: temperature is -1.0; it must be > 0" in results.failed["none"]["1"]
+    assert "ValueError: temperature is -1.0; it must be > 0" in results.failures(grid)["none, seed 1"]
+    assert len(results.failed) == 2
     page = (tmp_path / "PAGE.md").read_text()
+    assert "Not measured yet" not in page
     assert "| low |" in page and "Runs that failed:\n\n- none, seed 1: ValueError: temperature is -1.0" in page
     assert (tmp_path / "ablations" / "grid.png").stat().st_size > 5000
     with (tmp_path / "ablations" / "grid.csv").open() as file:
@@ -172,10 +175,10 @@ def test_a_recipe_that_changes_while_its_grid_runs_ends_its_runs(write_grid, tmp
     assert grid.runs() == before
     results = Results({})
     Runner(grid, tmp_path / "out", results).run()
-    assert results.failed["a"]["1"] == f"{recipe} has changed since the grid began: run it again"
+    assert results.failures(grid)["a, seed 1"] == f"{recipe} has changed since the grid began: run it again"
     recipe.write_text("datasets: [")
     Runner(grid, tmp_path / "out", results).run()
-    assert "recipe.yaml cannot be read as YAML" in results.failed["a"]["1"]
+    assert "recipe.yaml cannot be read as YAML" in results.failures(grid)["a, seed 1"]
 
 
 def test_what_other_code_goes_on_with_is_of_both(write_grid, tmp_path, monkeypatch):
@@ -283,26 +286,35 @@ def test_trainings_move_to_the_gpu(write_grid):
 
 def test_a_report_of_a_grid_that_is_not_through(write_grid, tmp_path, monkeypatch, capsys):
     """Of what has been measured, with how much is missing; it runs nothing, also while the grid runs."""
-    file = write_grid(seeds=[1, 2])
+    file = write_grid(seeds=[1, 2, 3])
     grid, out = Grid.read(str(file)), tmp_path / "out"
     command = ["ablate.py", str(file), "--output_dir", str(out), "--page", str(tmp_path / "PAGE.md"), "--report_only"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="out has no scores of .*: run it without --report_only"):
+    with pytest.raises(SystemExit, match="out does not exist: run .* without --report_only"):
         main()
-    assert not (tmp_path / "PAGE.md").exists()
-    results = open_results(grid, out, False)
-    results.scores = {run.key: {"scored": 40.0, "average": 40.0} for run in grid.runs()[:3]}
-    results.failed = {"a cell of another grid": {"1": "ValueError: x"}}
+    assert not out.exists()
+    results, runs = open_results(grid, out, False), grid.runs()
+    results.failed = {runs[3].key: "ValueError: x", "stage1-0123456789": "ValueError: of another grid"}
     out.mkdir()
     results.save(out)
+    with pytest.raises(SystemExit, match="out has no scores of .* with these options: give the --seeds"):
+        main()
+    assert not (tmp_path / "PAGE.md").exists()
+    results.scores = {run.key: {"scored": 40.0, "average": 40.0} for run in runs[:3]}
+    results.code = {run.key: "0123456789ab" for run in runs[:3]}
+    results.save(out)
     before = (out / "grid.json").read_bytes()
-    with claimed(out):
+    with claimed(out), pytest.raises(SystemExit, match="1 runs failed"):
         main()
     page = (tmp_path / "PAGE.md").read_text()
-    assert "| 40.00 ± 0.00 (2) |" in page and "| 40.00 (1) |" in page
-    assert "Without scores so far: 1 of 4 runs." in page and "another grid" not in page
+    assert "| 40.00 ± 0.00 (2) |" in page and "0123456789ab" in page, "by whatever code"
+    assert "Not measured yet: 2 of 6 runs." in page and "another grid" not in page
+    assert f"Runs that failed:\n\n- {cell_name(runs[3].cell)}, seed {runs[3].seed}: ValueError: x\n" in page
     assert "--report_only" not in page, "the command makes all of it"
     assert (out / "grid.json").read_bytes() == before and (tmp_path / "ablations" / "grid.png").is_file()
+    monkeypatch.setattr(sys, "argv", [*command, "--use_gpu"])
+    with pytest.raises(SystemExit, match="has no scores"):
+        main()  # those of trainings on GPUs, which a report does not need
     monkeypatch.setattr(sys, "argv", [*command, "--dry_run"])
     with pytest.raises(SystemExit):
         main()

@@ -32,11 +32,11 @@ def test_claims_by_a_paired_t_test(write_grid):
     differences = [(2 + 1) / 2, (1.5 + 3) / 2, (3 + 3) / 2]
     assert verdict.differences == pytest.approx(differences)
     assert verdict.by_pair == pytest.approx([(2 + 1.5 + 3) / 3, (1 + 3 + 3) / 3]), "mean, then eos"
-    header, row = claim_rows([verdict])
+    header, row = claim_rows([verdict], True)
     assert row[header.index("by pair of rows")] == "+2.17 to +2.33"
     alone = judge(grid, scores, Claim("x", {"mask": "b", "pooling": "eos"}, {"mask": "c", "pooling": "eos"}))
-    assert "by pair of rows" not in claim_rows([alone])[0]
-    assert claim_rows([alone, verdict])[1][3] == "-", "one pair"
+    assert claim_rows([alone, verdict], True)[1][3] == "-", "one pair"
+    assert claim_rows([alone], False)[0] == ["claim", "score", "difference", "p", "verdict", "difference in the paper"]
     assert verdict.paper == pytest.approx((1.0 - 0.5) / 2)
     # By hand: t = mean / (s / sqrt(3)) of 2 degrees of freedom, whose two-sided p is 1 - t / sqrt(t^2 + 2).
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))

@@ -73,7 +73,7 @@ def test_a_stage_on_top_of_the_same_stage_keeps_both_curves(tmp_path):
     (tmp_path / "three").mkdir()
     write_card(tmp_path / "three", make_run("stage1", "org/decoder", history=history), "three")
     text = (tmp_path / "three" / "README.md").read_text()
-    assert "; at most 6.6 GB of memory a process." in text
+    assert "; at most 6.6 GB of memory a process, of its GPU if it had one." in text
     assert (
         "unrelated queries: 0.90 at step 1, 0.20 at step 5; effective rank of texts of the steps before 90, then 90."
         in text
