@@ -246,8 +246,8 @@ class EmbeddingTrainer(Trainer):
         if "loss" in logs:
             logs |= self._window.close()
         elif "train_loss" in logs:  # the end of training: drops the batches since the last log
-            last = self._window.close()
-            logs |= {key: last[key] for key in ("peak_memory_gb",) if key in last}
+            memory = self._window.close().get("peak_memory_gb")
+            logs |= {} if memory is None else {"peak_memory_gb": memory}
         super().log(logs, start_time)
 
     def save_merged(self, write_card: Callable[[Path, bool], None] | None = None) -> None:

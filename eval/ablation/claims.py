@@ -56,15 +56,16 @@ def judge(grid: Grid, scores: Table, claim: Claim) -> Verdict:
         ValueError: no task gives the claim's score.
     """
     pairs = matched(grid, claim)
-    by_seed: list[list[float]] = []
+    found_differences: list[list[float]] = []  # of each seed, for each pair
     measured = next((one for by_seed in scores.values() for one in by_seed.values()), {claim.score: None})
     if claim.score not in measured:
         raise ValueError(f"{grid.file} names the score {claim.score!r}; the tasks give {listed(measured)}")
     for seed in map(str, grid.seeds):
         found = [(scores.get(a, {}).get(seed), scores.get(b, {}).get(seed)) for a, b in pairs]
         if found and all(one and other for one, other in found):
-            by_seed.append([one[claim.score] - other[claim.score] for one, other in found])
-    differences, by_pair = [statistics.mean(one) for one in by_seed], [statistics.mean(one) for one in zip(*by_seed)]
+            found_differences.append([one[claim.score] - other[claim.score] for one, other in found])
+    differences = [statistics.mean(of_seed) for of_seed in found_differences]
+    by_pair = [statistics.mean(of_pair) for of_pair in zip(*found_differences)]
     known = [(grid.paper.get(a), grid.paper.get(b)) for a, b in pairs] if claim.score == "average" else []
     paper = None
     if known and not any(None in pair for pair in known):
