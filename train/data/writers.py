@@ -50,7 +50,8 @@ class Endpoint:
 
     Args:
         counts: counts HTTP answers by status, and requests without an answer.
-        requests_per_minute: None: as many as `concurrency` allows.
+        requests_per_minute: of HTTP requests, also those of an answer that is asked for again; None: as many as
+            `concurrency` allows.
 
     Raises:
         ConnectionError: from `answer`: the endpoint is down, refuses the key, the model or every prompt, or is no such
@@ -71,24 +72,28 @@ class Endpoint:
         temperature: float = 1.0,
     ):
         self.url, self.name, self.counts = url, model, counts
-        self.limiter = None if requests_per_minute is None else AsyncLimiter(1, 60 / requests_per_minute)
         self.options = {"max_tokens": max_tokens, "temperature": temperature}
         self.refused = 0
+        limiter = None if requests_per_minute is None else AsyncLimiter(1, 60 / requests_per_minute)
+
+        async def wait_for_turn(request: httpx.Request) -> None:
+            if limiter is not None:
+                await limiter.acquire()
 
         async def count(response: httpx.Response) -> None:
             counts[f"HTTP {response.status_code}"] += 1
 
+        # Of the HTTP client, whose requests are also the ones that the openai client sends again by itself.
+        hooks = {"request": [wait_for_turn], "response": [count]}
         self.client = openai.AsyncOpenAI(
             base_url=url,
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             timeout=timeout,
             max_retries=retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [count]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
         )
 
     async def answer(self, prompt: str, seed: int) -> Answer:
-        if self.limiter is not None:
-            await self.limiter.acquire()
         messages = [{"role": "user", "content": prompt}]
         try:
             response = await self.client.chat.completions.create(

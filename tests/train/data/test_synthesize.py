@@ -225,12 +225,13 @@ def test_rate_limits_and_server_errors_are_waited_for(endpoint, tmp_path):
     assert report["counts"]["answers asked for"] == 9, "a refused request is no answer"
 
 
-def test_requests_keep_to_the_rate_asked_for(endpoint, tmp_path):
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_requests_keep_to_the_rate_asked_for(endpoint, tmp_path, is_busy):
     times = []
 
     def respond(prompt, number):
         times.append(time.monotonic())
-        return good(prompt, number)
+        return (429, {"error": {"message": "slow down"}}, 0) if is_busy and number % 2 else good(prompt, number)
 
     endpoint.respond = respond
     run(endpoint, tmp_path / "out", requests_per_minute=600)
