@@ -12,7 +12,7 @@ from nvembed.eval.ablation.grid import MERGED, OWN, Grid
 from nvembed.eval.ablation.runner import MEASURING, Results, digests_in, keys_of, merged_keys
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
-from nvembed.eval.files import whole
+from nvembed.eval.files import locked, whole
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -142,17 +142,27 @@ def write_scores(grid: Grid, results: Results, path: Path) -> None:
 
 
 def put_section(page: Path, name: str, text: str) -> None:
-    """Writes a grid's section into a page, in place of its earlier one if it has any."""
+    """Writes a grid's section into a page, in place of its earlier one if it has any.
+
+    Grids of several folders may write into one page at a time.
+
+    Raises:
+        ValueError: the page has the section's beginning without its end.
+    """
+    with locked(page.parent, lambda: None, f".{page.name}.lock"):
+        content = page.read_text(encoding="utf-8") if page.is_file() else "# Ablations\n"
+        with_section = _with_section(page, content, name, text)
+        with whole(page) as partial:
+            partial.write_text(with_section, encoding="utf-8")
+
+
+def _with_section(page: Path, content: str, name: str, text: str) -> str:
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
-    content = page.read_text(encoding="utf-8") if page.is_file() else "# Ablations\n"
     block = f"{begin}{text}{end}"
     before, found, rest = content.partition(begin)
-    if found:
-        _, closed, after = rest.partition(end)
-        if not closed:
-            raise ValueError(f"{page} has {begin.strip()} and no {end.strip()}; put it behind the section's last line")
-        content = before + block + after
-    else:
-        content = content.rstrip("\n") + "\n\n" + block
-    with whole(page) as partial:
-        partial.write_text(content, encoding="utf-8")
+    if not found:
+        return content.rstrip("\n") + "\n\n" + block
+    _, closed, after = rest.partition(end)
+    if not closed:
+        raise ValueError(f"{page} has {begin.strip()} and no {end.strip()}; put it behind the section's last line")
+    return before + block + after

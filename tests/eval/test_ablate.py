@@ -332,3 +332,10 @@ def test_a_page_keeps_its_other_sections(tmp_path):
     page.write_text(text.replace("<!-- end one -->\n", ""))
     with pytest.raises(ValueError, match="begin one --> and no <!-- end one -->"):
         put_section(page, "one", "## One\n")
+
+
+def test_grids_that_write_one_page_at_a_time_keep_all_sections(tmp_path):
+    page, names = tmp_path / "PAGE.md", {f"## grid {number}" for number in range(8)}
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: [put_section(page, name, f"{name}\n") for _ in range(10)], names))
+    assert {line for line in page.read_text().splitlines() if line.startswith("## ")} == names
