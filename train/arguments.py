@@ -17,14 +17,22 @@ from nvembed.train.data.source import DatasetSource
 
 IN_BATCH_NEGATIVES = {"true": True, "false": False, "labels": "labels", "sets": "sets"}
 
-# Options of `TrainingArguments` that cannot apply to the contrastive loss and the blended data, with the values that do
-# nothing; other values are refused.
+# Options of `TrainingArguments` that cannot apply here, with the values that do nothing; other values are refused.
 UNSUPPORTED = {
-    "label_smoothing_factor": (0,),
-    "neftune_noise_alpha": (None, 0),
-    "train_sampling_strategy": ("random",),
-    "use_liger_kernel": (False,),
-}
+    # Of other losses, and of data that is not blended for the whole run.
+    "label_smoothing_factor": (0,), "label_names": (None,), "length_column_name": ("length",),
+    "neftune_noise_alpha": (None, 0), "train_sampling_strategy": ("random",), "use_liger_kernel": (False,),
+    # They change how many rows a batch has, or which ones; what is laid out, recorded and resumed counts on batch_size.
+    "auto_find_batch_size": (False,), "dataloader_drop_last": (True,), "ignore_data_skip": (False,),
+    "parallelism_config": (None,),
+    # Of an evaluation by the Trainer; tasks are measured by mteb.
+    "batch_eval_metrics": (False,), "bf16_full_eval": (False,), "eval_accumulation_steps": (None,),
+    "eval_do_concat_batches": (True,), "eval_use_gather_object": (False,), "fp16_full_eval": (False,),
+    "include_for_metrics": ([],), "per_device_eval_batch_size": (8,), "prediction_loss_only": (False,),
+    # Of the Trainer's way to save and push: checkpoints are staged, and what is done is pushed to the main branch.
+    "enable_jit_checkpoint": (False,), "hub_always_push": (False,), "hub_revision": (None,),
+    "save_on_each_node": (False,),
+}  # fmt: skip
 
 
 @dataclass
@@ -200,7 +208,7 @@ class StageArguments(TrainingArguments):
     )
     hub_strategy: str = field(default="end", metadata={"help": "Only what is done is pushed."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
-    save_strategy: str = field(default="no", metadata={"help": "Intermediate adapter checkpoints: no, steps, epoch."})
+    save_strategy: str = field(default="no", metadata={"help": "Training checkpoints: no; steps, every save_steps; best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Every process needs batches of the same size to share negatives."}
@@ -225,9 +233,16 @@ class StageArguments(TrainingArguments):
                 f"hub_strategy is {self.hub_strategy}; only the finished model is pushed, so leave it out (end)"
             )
         for name, without_effect in UNSUPPORTED.items():
-            value = getattr(self, name)
+            value = getattr(self, name, without_effect[0])  # other versions of transformers lack some
             if getattr(value, "value", value) not in without_effect:
                 raise ValueError(f"{name} is {value!r}, which this training cannot do; leave it out")
+        for name in ("logging_strategy", "save_strategy", "eval_strategy"):
+            value = getattr(self, name)
+            if getattr(value, "value", value) == "epoch":
+                raise ValueError(
+                    f"{name} is epoch, and the Trainer sees all epochs of a run as one, which ends with it: set it to "
+                    f"steps, and {name.removesuffix('strategy')}steps"
+                )
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0, or set max_steps")
         if self.eval_steps is not None and self.eval_strategy == "no":
@@ -237,6 +252,11 @@ class StageArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every chunk uses every weight
         super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config has split_batches, which changes how many rows a batch has; set batch_size, which "
+                "counts those of all processes"
+            )
         if self.batch_size is not None:
             shares = self.world_size * self.gradient_accumulation_steps
             self.per_device_train_batch_size, rest = divmod(self.batch_size, shares)
@@ -310,8 +330,11 @@ class StageArguments(TrainingArguments):
             )
 
     def run_rows(self, triplets: int) -> int:
-        """Rows of the whole run over this many triplets."""
-        return self.max_steps * self.update_rows if self.max_steps > 0 else math.ceil(triplets * self.num_train_epochs)
+        """Rows of the whole run over this many triplets: of whole updates, like its batches."""
+        if self.max_steps > 0:
+            return self.max_steps * self.update_rows
+        rows = math.ceil(triplets * self.num_train_epochs)
+        return rows - rows % self.update_rows or rows  # less than one update: `check_fills_update` refuses it
 
 
 def check_negatives(data_args: DataArguments, training_args: StageArguments) -> None:

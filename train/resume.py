@@ -69,7 +69,7 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
     """The training checkpoint to resume from: the one named or, for true, the last in `output_dir`; None to start anew.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint, or it lacks the state of the optimizer.
         FileExistsError: `output_dir` holds checkpoints, but the run would start anew, or from a checkpoint elsewhere,
             and overwrite them.
     """
@@ -86,6 +86,7 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
             raise FileNotFoundError(
                 f"{output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start anew"
             )
+        check_optimizer_is_there(last)
         return last
     if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
         raise FileNotFoundError(
@@ -97,7 +98,20 @@ def find_resume(output_dir: str, resume_from_checkpoint: str | bool | None) -> s
             f"{output_dir} already holds {Path(last).name}: go on from it with --resume_from_checkpoint true or, to "
             f"start from {resume_from_checkpoint}, name another --output_dir or move its checkpoints away"
         )
+    check_optimizer_is_there(resume_from_checkpoint)
     return str(resume_from_checkpoint)
+
+
+def check_optimizer_is_there(checkpoint: str) -> None:
+    """Raises a `FileNotFoundError` if a training checkpoint holds weights alone: the Trainer would go on in silence.
+
+    The optimizer's state is a file, a folder of FSDP's, or in DeepSpeed's `global_step<N>`.
+    """
+    if not any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "global_step*")):
+        raise FileNotFoundError(
+            f"{checkpoint} has no state of the optimizer (save_only_model was on), so the run cannot go on as it was: "
+            "start anew in another --output_dir, and leave save_only_model out to be able to resume"
+        )
 
 
 def check_resume(checkpoint: str, model: NVEmbedModel | PeftModel) -> None:

@@ -126,6 +126,11 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
         data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.state.global_step < trainer.state.max_steps:  # the Trainer returns as if it were done
+        raise RuntimeError(
+            f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}, so no model is written; "
+            "the log says why, and checkpoints, if there are any, are for --resume_from_checkpoint true"
+        )
 
     def write_cards(folder: Path, is_adapter: bool) -> None:
         made_of = read_provenance(training_args.triplets_dir)

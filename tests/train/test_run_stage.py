@@ -53,6 +53,7 @@ def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
     for folder in ("out", "other"):
         (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
         (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+        (tmp_path / folder / "checkpoint-2" / "optimizer.pt").touch()
     (tmp_path / "out" / "checkpoint-4").symlink_to(tmp_path / "other" / "checkpoint-2")
     out, elsewhere = str(tmp_path / "out"), str(tmp_path / "other" / "checkpoint-2")
     for value in (None, False, "false"):
@@ -69,6 +70,12 @@ def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
         find_resume(str(tmp_path / "new"), "true")
     with pytest.raises(FileNotFoundError, match="other is no training checkpoint"):
         find_resume(out, str(tmp_path / "other"))
+    (tmp_path / "other" / "checkpoint-2" / "optimizer.pt").unlink()
+    for value in ("true", f"{out}/checkpoint-4"):
+        with pytest.raises(FileNotFoundError, match="checkpoint-4 has no state of the optimizer.*save_only_model"):
+            find_resume(out, value)
+    (tmp_path / "other" / "checkpoint-2" / "global_step2").mkdir()  # DeepSpeed's
+    assert find_resume(out, "true") == f"{out}/checkpoint-4"
 
 
 def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):

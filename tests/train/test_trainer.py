@@ -338,11 +338,39 @@ def test_a_run_without_negatives_stops_at_its_log_or_at_its_end(tmp_path, checkp
         ("neftune_noise_alpha", 5.0),
         ("train_sampling_strategy", "group_by_length"),
         ("use_liger_kernel", True),
+        ("auto_find_batch_size", True),
+        ("dataloader_drop_last", False),
+        ("ignore_data_skip", True),
+        ("per_device_eval_batch_size", 4),
+        ("include_for_metrics", ["loss"]),
+        ("enable_jit_checkpoint", True),
+        ("hub_revision", "experiment"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"{option} is .*, which this training cannot do; leave it out"):
         Stage1Arguments(str(tmp_path), use_cpu=True, **{option: value})
+
+
+@pytest.mark.parametrize("kind", ["logging", "save", "eval"])
+def test_the_end_of_each_epoch_is_no_interval(tmp_path, kind):
+    """A blend holds all epochs: `epoch` would be once, at the end."""
+    with pytest.raises(ValueError, match=f"{kind}_strategy is epoch.*set it to steps, and {kind}_steps"):
+        Stage1Arguments(str(tmp_path), use_cpu=True, **{f"{kind}_strategy": "epoch"})
+
+
+def test_batches_are_not_split(tmp_path):
+    with pytest.raises(ValueError, match="split_batches.*set batch_size"):
+        Stage1Arguments(str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
+
+
+def test_a_run_of_epochs_ends_with_a_whole_update(tmp_path):
+    """So that our count of its steps is the Trainer's, which a resume at the last one compares."""
+    args = Stage1Arguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1.5
+    )
+    assert args.run_rows(31) == 40, "of 46.5 rows"
+    assert args.run_rows(3) == 5, "too few for one update, which is said elsewhere"
 
 
 def test_the_attention_cannot_be_chosen():
