@@ -22,13 +22,12 @@ from nvembed.eval.ablation.runner import (
     Results,
     Runner,
     check_jobs,
-    claimed,
     estimate,
     open_results,
     visible_devices,
 )
 from nvembed.eval.commands import errors_in_one_line
-from nvembed.eval.files import locked
+from nvembed.eval.files import claimed, locked
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -63,7 +62,7 @@ def ablate(args: argparse.Namespace) -> int:
         return 0
     if args.report_only:
         return report(grid, folder, args)
-    with claimed(folder):
+    with claimed(folder, "ablate.py"):
         results = open_results(grid, folder, args.mix_revisions)
         runner = Runner(grid, folder, results, args.jobs)
         lines = [line for name, own in runner.commands().items() for line in (f"# {name}", *own)]

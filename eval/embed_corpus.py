@@ -15,7 +15,7 @@ import faiss
 
 from nvembed.eval.arguments import EvaluationArguments, run_script
 from nvembed.eval.data.corpus import TextShards, digest_documents, read_corpus
-from nvembed.eval.files import whole
+from nvembed.eval.files import claimed, whole
 from nvembed.eval.models import free_gpu_memory
 from nvembed.eval.results import claim_folder
 from nvembed.eval.shards import ExecutorArguments, Make, make_shards
@@ -56,19 +56,20 @@ def run(args: EmbedArguments) -> VectorShards:
 
     Raises:
         ValueError: as `load_model`, `read_corpus`, `claim_folder` and `write_shard`; the folder holds vectors of
-            another corpus.
+            another corpus, or another one runs in it.
         RuntimeError: as `make_shards`.
     """
     settings, made_from = describe(args)
     folder = claim_folder(args.output_dir, settings, {})
-    documents = claim_texts(folder, args)
-    made_from = replace(made_from, texts=documents.digest)
-    paths = [shard_path(folder, number) for number in range(documents.shards)]
-    make_shards("embed", partial(prepare, args, documents, made_from), paths, folder / "logs", args)
-    vectors = write_manifest(folder, made_from, args.vectors, documents.rows, documents.shards)
-    if args.to_faiss is not None:
-        write_faiss(vectors, Path(args.to_faiss))
-    shutil.rmtree(documents.folder, ignore_errors=True)
+    with claimed(folder, "embed_corpus.py"):
+        documents = claim_texts(folder, args)
+        made_from = replace(made_from, texts=documents.digest)
+        paths = [shard_path(folder, number) for number in range(documents.shards)]
+        make_shards("embed", partial(prepare, args, documents, made_from), paths, folder / "logs", args)
+        vectors = write_manifest(folder, made_from, args.vectors, documents.rows, documents.shards)
+        if args.to_faiss is not None:
+            write_faiss(vectors, Path(args.to_faiss))
+        shutil.rmtree(documents.folder, ignore_errors=True)
     return vectors
 
 

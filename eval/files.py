@@ -1,7 +1,9 @@
 """Writes files and folders whole or not at all, keeps other processes out of them, and digests their contents."""
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -31,9 +36,14 @@ def whole(path: Path) -> Iterator[Path]:
         _settle(path, replaced)
 
 
+LOCK = ".lock"
+
+
 @contextmanager
-def locked(folder: Path, when_busy: Callable[[], None], name: str = ".lock") -> Iterator[None]:
+def locked(folder: Path, when_busy: Callable[[], None], name: str = LOCK) -> Iterator[None]:
     """Runs the body while no other process that asks for it has the folder, which is made if it is missing.
+
+    On a file system without locks, as some clusters have, it says so and runs the body.
 
     Args:
         name: of the lock, where a folder has several.
@@ -46,10 +56,44 @@ def locked(folder: Path, when_busy: Callable[[], None], name: str = ".lock") -> 
     except Timeout:
         when_busy()
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        logger.warning("%s cannot be locked (%s): two processes at a time in it would not be noticed", folder, error)
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def claimed(folder: Path, user: str) -> Iterator[None]:
+    """Keeps others out of a folder while the body runs.
+
+    Args:
+        user: what another process in it is called, such as "ablate.py".
+
+    Raises:
+        ValueError: there is another one.
+    """
+
+    def refuse() -> None:
+        raise ValueError(f"another {user} runs in {folder}: wait for it, or name another output_dir") from None
+
+    with locked(folder, refuse):
+        yield
+
+
+@contextmanager
+def without_empty_folders(folder: Path) -> Iterator[None]:
+    """Removes the folder, and parents of it, if they were made in the body and nothing is in them at its end."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _settle(path: Path, replaced: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +22,7 @@ from mteb import ResultCache, TaskResult
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-from nvembed.eval.files import digest_files, write_json
+from nvembed.eval.files import digest_files, locked, write_json
 from nvembed.eval.models import LoadedModel
 from nvembed.eval.tasks.instructions import TaskInstruction
 from nvembed.eval.training_data import is_seen_by_any, mark
@@ -29,7 +30,7 @@ from nvembed.eval.training_data import is_seen_by_any, mark
 
 logger = logging.getLogger(__name__)
 
-TEXTS = "texts.json"
+RUN, TEXTS = "run.json", "texts.json"
 CATEGORIES = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 
 
@@ -43,8 +44,24 @@ def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping
     Raises:
         ValueError: the folder holds results of another model, revision, setting or instruction; nothing is changed.
     """
-    folder, record = Path(output_dir), {"settings": dict(settings), "tasks": {}}
-    file = folder / "run.json"
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if RUN not in names and not all(name.startswith(".") for name in names):  # another process may begin here, too
+        raise ValueError(f"{folder} holds files that are not of an evaluation; name another --output_dir")
+    with _alone(folder):
+        _claim(folder, settings, tasks)
+    return folder
+
+
+def _alone(folder: Path) -> AbstractContextManager:
+    """Two processes may measure different tasks; what one writes of them, the other keeps."""
+    return locked(folder, lambda: None, ".run.lock")
+
+
+def _claim(folder: Path, settings: Mapping, tasks: Mapping[str, Mapping]) -> None:
+    file, record = folder / RUN, {"settings": dict(settings), "tasks": {}}
     if file.is_file():
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -52,15 +69,10 @@ def claim_folder(output_dir: str, settings: Mapping, tasks: Mapping[str, Mapping
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} does not say what was measured ({error!r}); name another --output_dir") from None
         _check_same(f"{folder} holds results", record["settings"], settings)
-    elif folder.is_file():
-        raise ValueError(f"--output_dir {folder} is a file; name a folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files that are not of an evaluation; name another --output_dir")
     measured = {path.stem for path in folder.glob("results/*/*/*.json")}
     for task in tasks.keys() & measured & record["tasks"].keys():
         _check_same(f"{folder} holds {task}", record["tasks"][task], tasks[task])
     write_json(file, record | {"tasks": record["tasks"] | {task: dict(known) for task, known in tasks.items()}})
-    return folder
 
 
 def _check_same(what: str, there: Mapping, now: Mapping) -> None:
@@ -125,10 +137,11 @@ def about_texts(task: AbsTask, texts: Mapping[str, Mapping[str, float]]) -> dict
 def keep_texts(folder: Path, texts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Adds what is known of some tasks' texts to `texts.json`, and returns what is known of all."""
     file = folder / TEXTS
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known = before | {name: dict(figures) for name, figures in texts.items()}
-    if known != before:
-        write_json(file, known)
+    with _alone(folder):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = before | {name: dict(figures) for name, figures in texts.items()}
+        if known != before:
+            write_json(file, known)
     return known
 
 

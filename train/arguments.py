@@ -208,7 +208,9 @@ class StageArguments(TrainingArguments):
     )
     hub_strategy: str = field(default="end", metadata={"help": "Only what is done is pushed."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
-    save_strategy: str = field(default="no", metadata={"help": "Training checkpoints: no; steps, every save_steps; best."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "Training checkpoints: no; steps, every save_steps; best."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every column."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Every process needs batches of the same size to share negatives."}

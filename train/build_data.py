@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from nvembed.eval.files import write_json
+from nvembed.eval.files import claimed, write_json
 from nvembed.eval.shards import ExecutorArguments
 from nvembed.train.data.build import build, claim_output, teacher_name
 from nvembed.train.data.build_settings import BuildSettings, TeacherSettings
@@ -104,7 +104,7 @@ def run(args: BuildArguments) -> dict:
     """Builds, and writes `manifest.json` and `DATA.md`; returns the manifest.
 
     Raises:
-        ValueError: as `read_recipe`, `TeacherSettings.check`, `claim_output` and `build`.
+        ValueError: as `read_recipe`, `TeacherSettings.check`, `claim_output` and `build`; another one runs there.
     """
     if args.recipe is None or args.output_dir is None:
         raise ValueError("--recipe and --output_dir are needed, or --list")
@@ -114,17 +114,18 @@ def run(args: BuildArguments) -> dict:
         settings.teacher = replace(settings.teacher, model=args.teacher, revision=None, trust_remote_code=False)
     settings.teacher.check()
     claim_output(settings, output)
-    sets = build(settings, output, args)
-    manifest = {
-        "num_negatives": settings.num_negatives,
-        "seed": settings.seed,
-        "teacher": teacher_name(settings.teacher),
-        "mining": asdict(settings.mining),
-        "sets": sets,
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-    write_page(sets, manifest, output)
-    write_json(output / "manifest.json", manifest)
+    with claimed(output / "work", "build_data.py"):
+        sets = build(settings, output, args)
+        manifest = {
+            "num_negatives": settings.num_negatives,
+            "seed": settings.seed,
+            "teacher": teacher_name(settings.teacher),
+            "mining": asdict(settings.mining),
+            "sets": sets,
+            "libraries": {name: version(name) for name in LIBRARIES},
+        }
+        write_page(sets, manifest, output)
+        write_json(output / "manifest.json", manifest)
     return manifest
 
 

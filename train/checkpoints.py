@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.logging import get_logger
 
 from nvembed.configuration_nvembed import NVEmbedConfig
+from nvembed.eval.files import LOCK, claimed, without_empty_folders
 from nvembed.eval.stored import stored_parts
 from nvembed.modeling_nvembed import NVEmbedModel, check_tensors
 
@@ -55,6 +56,26 @@ def check_output_dir(output_dir: str) -> Path:
 
 
 @contextmanager
+def alone_in(output_dir: str, user: str) -> Iterator[None]:
+    """Keeps other runs out of a folder until its checkpoint is written.
+
+    Args:
+        user: what another one is called.
+
+    Raises:
+        FileExistsError: as `check_output_dir`.
+        ValueError: another one runs in it.
+    """
+    folder = check_output_dir(output_dir)
+    with without_empty_folders(folder), claimed(folder, user):
+        try:
+            check_output_dir(output_dir)  # again: the other one may have ended meanwhile
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # no part of a checkpoint
+
+
+@contextmanager
 def staged(output_dir: str) -> Iterator[Path]:
     """Yields a folder whose files are moved to `output_dir` once all are written, `config.json` last.
 
@@ -62,21 +83,18 @@ def staged(output_dir: str) -> Iterator[Path]:
         FileExistsError: the folder already holds a checkpoint or a file that would be replaced, such as a README.md.
     """
     folder = check_output_dir(output_dir)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
-        yield partial
-        for file in partial.iterdir():
-            if (folder / file.name).exists():
-                raise FileExistsError(f"{folder / file.name} would be replaced; move it away or name another folder")
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in missing:  # a failed attempt leaves not even empty folders
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+    with without_empty_folders(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        try:
+            yield partial
+            for path in (folder / file.name for file in partial.iterdir()):
+                if path.exists():
+                    raise FileExistsError(f"{path} would be replaced; move it away or name another folder")
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_checkpoint(model: NVEmbedModel, output_dir: str, write_card: Callable[[Path], None] | None = None) -> None:

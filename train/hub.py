@@ -6,14 +6,15 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from nvembed.eval.files import LOCK
 from nvembed.eval.log_history import LOG_FILE
 from nvembed.train.adapter import ADAPTER
 from nvembed.train.arguments import ModelArguments, StageArguments
 from nvembed.train.guard import BAD_BATCH
 
 
-# Subfolders, the log, and the texts of a batch that stopped a run.
-PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*")]
+# Subfolders, the log, the texts of a batch that stopped a run, and what keeps other runs out of the folder.
+PRIVATE = ["*/*", LOG_FILE, BAD_BATCH.format("*"), LOCK]
 CONFIG_FILES = {"model": "config.json", "adapter": "adapter_config.json"}
 WEIGHTS = {  # as patterns, whose * would reach into folders
     "model": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],

@@ -1,7 +1,7 @@
 """What the two stages share: read the recipe, prepare model and data, train, save, push."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import set_seed
@@ -21,7 +21,7 @@ from nvembed.train.arguments import (
 )
 from nvembed.train.card import describe_run, write_card
 from nvembed.train.certificate import certify, with_teacher, write_certificate
-from nvembed.train.checkpoints import check_output_dir
+from nvembed.train.checkpoints import alone_in
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import (
@@ -56,8 +56,13 @@ def main(stage: type[StageArguments]) -> None:
 
 def run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     """Trains one stage and writes its merged checkpoint to `output_dir`; what can fail early fails before training."""
+    is_main = training_args.process_index == 0  # the others are of the same run
+    with alone_in(training_args.output_dir, "training") if is_main else nullcontext():
+        _run_stage(model_args, data_args, training_args)
+
+
+def _run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     limit_primitive_cache()
-    check_output_dir(training_args.output_dir)
     check_negatives(data_args, training_args)
     if isinstance(training_args, DistillArguments):
         training_args.check_texts(data_args.num_negatives)

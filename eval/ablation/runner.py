@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -22,7 +21,7 @@ from nvembed.eval.ablation.grid_file import settings_digest
 from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
 from nvembed.eval.commands import SCRIPTS, as_typed, cores, make_checkpoint, score
-from nvembed.eval.files import locked, write_json
+from nvembed.eval.files import write_json
 
 
 STATE = "grid.json"
@@ -109,21 +108,6 @@ def keys_of(grid: Grid) -> set[str]:
 def digests_in(codes: Iterable[str]) -> set[str]:
     """The digests that values of `Results.code` name."""
     return {digest for code in codes for digest in code.split(", ")}
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a grid's folder.
-
-    Raises:
-        ValueError: another one runs in it.
-    """
-
-    def refuse() -> None:
-        raise ValueError(f"another ablate.py runs in {folder}: wait for it, or name another output_dir") from None
-
-    with locked(folder, refuse):
-        yield
 
 
 def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:

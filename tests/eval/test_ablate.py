@@ -24,13 +24,13 @@ from nvembed.eval.ablation.runner import (
     Results,
     Runner,
     check_jobs,
-    claimed,
     environments,
     estimate,
     keys_of,
     open_results,
 )
 from nvembed.eval.ablation.runs import cell_name
+from nvembed.eval.files import claimed
 from nvembed.modeling_nvembed import NVEmbedModel
 from tests import preloaded
 from tests.triplets import write_jsonl
@@ -84,7 +84,11 @@ def test_a_grid_runs_keeps_what_it_has_and_names_what_failed(write_grid, tmp_pat
     again.run()
     assert again.results.seconds == before, "nothing that was there was made again"
     folder = tmp_path / "out"
-    with claimed(folder), pytest.raises(ValueError, match="another ablate.py runs in"), claimed(folder):
+    with (
+        claimed(folder, "ablate.py"),
+        pytest.raises(ValueError, match="another ablate.py runs in"),
+        claimed(folder, "ablate.py"),
+    ):
         pass
     write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b"}] * 8)
     with pytest.raises(ValueError, match="has results of another recipe.yaml: pairs.jsonl: name another output_dir"):
@@ -304,7 +308,7 @@ def test_a_report_of_a_grid_that_is_not_through(write_grid, tmp_path, monkeypatc
     results.code = {run.key: "0123456789ab" for run in runs[:3]}
     results.save(out)
     before = (out / "grid.json").read_bytes()
-    with claimed(out), pytest.raises(SystemExit, match="1 runs failed"):
+    with claimed(out, "ablate.py"), pytest.raises(SystemExit, match="1 runs failed"):
         main()
     page = (tmp_path / "PAGE.md").read_text()
     assert "| 40.00 ± 0.00 (2) |" in page and "0123456789ab" in page, "by whatever code"

@@ -14,6 +14,7 @@ import pytest
 
 from nvembed import NVEmbedModel
 from nvembed.eval.embed_corpus import EmbedArguments, run
+from nvembed.eval.files import claimed
 from nvembed.eval.vectors import VectorShards
 
 
@@ -48,6 +49,8 @@ def test_a_finished_folder_takes_the_same_corpus_only(checkpoint, corpus, tmp_pa
     before = (tmp_path / "v" / "00000" / "vectors.npy").stat().st_mtime_ns
     run(arguments(checkpoint, corpus, tmp_path / "v"))
     assert (tmp_path / "v" / "00000" / "vectors.npy").stat().st_mtime_ns == before
+    with claimed(tmp_path / "v", "x"), pytest.raises(ValueError, match="another embed_corpus.py runs in"):
+        run(arguments(checkpoint, corpus, tmp_path / "v"))
     with pytest.raises(ValueError, match="with shard_rows 6, this run has 7"):
         run(arguments(checkpoint, corpus, tmp_path / "v", shard_rows=7))
     shutil.rmtree(tmp_path / "v" / "00001")

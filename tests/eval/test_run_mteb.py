@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mteb
@@ -14,7 +15,7 @@ import torch
 from nvembed import NVEmbedModel
 from nvembed.eval import run_mteb
 from nvembed.eval.report import read_run, write_report
-from nvembed.eval.results import claim_folder
+from nvembed.eval.results import claim_folder, keep_texts
 from nvembed.eval.run_mteb import MtebArguments, run
 from nvembed.texts_nvembed import format_instruction, tokenize
 from tests import preloaded
@@ -204,6 +205,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim_folder(str(tmp_path / "run"), {"model": "m"}, {})
     with pytest.raises(ValueError, match="thesis.tex is a file; name a folder"):
         claim_folder(str(tmp_path / "thesis.tex"), {"model": "m"}, {})
+
+
+def test_processes_that_measure_other_tasks_keep_each_others(tmp_path):
+    names = [f"task {number}" for number in range(8)]
+
+    def measure(name):
+        for _ in range(5):
+            folder = claim_folder(str(tmp_path / "out"), {"model": "m"}, {name: {"instruction": name}})
+            keep_texts(folder, {name: {"texts": 1}})
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(measure, names))
+    assert sorted(json.loads((tmp_path / "out" / "run.json").read_text())["tasks"]) == names
+    assert sorted(json.loads((tmp_path / "out" / "texts.json").read_text())) == names
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from nvembed import NVEmbedModel
 from nvembed.eval.tasks.instructions import task_prompts
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import ModelArguments
+from nvembed.train.checkpoints import alone_in
 from nvembed.train.init_checkpoint import InitArguments, main
 from nvembed.train.released import convert_released
 from nvembed.train.resume import check_resume
@@ -141,6 +142,22 @@ def test_a_readme_that_is_there_stays(released, tmp_path):
         convert_released(str(released), str(tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_one_training_at_a_time_writes_into_a_folder(tmp_path):
+    """The lock is gone at the end: it is no part of a checkpoint."""
+    out = tmp_path / "runs" / "mine"
+    with alone_in(str(out), "training"):
+        with pytest.raises(ValueError, match="another training runs in .*mine: wait for it, or name another"):
+            alone_in(str(out), "training").__enter__()
+        with pytest.raises(RuntimeError), alone_in(str(tmp_path / "other"), "training"):
+            raise RuntimeError
+    assert not any(tmp_path.iterdir()), "nothing was written"
+    with alone_in(str(out), "training"):
+        (out / "config.json").touch()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    with pytest.raises(FileExistsError, match="already holds a checkpoint"), alone_in(str(out), "training"):
+        pass
 
 
 def test_other_sources_are_refused(decoder_dir, released, tmp_path):

@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from nvembed import NVEmbedModel
 from nvembed.eval import shards
 from nvembed.eval.commands import cores
+from nvembed.eval.files import claimed
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.build_data import BuildArguments, read_recipe, run
 from nvembed.train.data.build_steps import checked
@@ -271,6 +272,8 @@ def test_killed_and_resumed_by_more_tasks_it_builds_the_same(recipe, checkpoint,
 
 def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp_path):
     build(recipe, tmp_path / "out", sets=["ready"])
+    with claimed(tmp_path / "out" / "work", "x"), pytest.raises(ValueError, match="another build_data.py runs in"):
+        build(recipe, tmp_path / "out", sets=["ready"])
     before = sorted(tmp_path.glob("out/**/*"))
     change(recipe, num_negatives=3)
     with pytest.raises(ValueError, match="out holds a build of something else: num_negatives was 2 and is 3"):
