@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from nvembed.eval.markdown_table import markdown_table
 from nvembed.eval.results import describe, eval_results
-from nvembed.eval.training_data import FILE, is_seen, mark, training_datasets
+from nvembed.eval.training_data import FILE, is_seen, mark, read_training_data, training_datasets
 from nvembed.texts_nvembed import format_instruction
 from nvembed.train.arguments import DataArguments, StageArguments
 from nvembed.train.checkpoints import CARD
@@ -31,6 +31,7 @@ from nvembed.train.resume import NOT_RECORDED, RunRecord
 
 logger = get_logger(__name__)
 
+TRAINING_DATA = "\n## Training data\n"  # of all stages
 TRAINING = "\n## Training\n"  # the last section; a stage copies its base's and appends its own
 
 # What loading a card raises if there is none or its metadata is broken.
@@ -169,7 +170,7 @@ def write_card(folder: Path, run: TrainingRun, name: str, adapter: bool = False)
     if percent:
         text += f"\n## Evaluation\n\n{evaluation_table(run)}\n"
     if run.certificate is not None:
-        text += f"\n## Training data\n\n{training_data_text(run.certificate)}\n"
+        text += f"{TRAINING_DATA}\n{training_data_text(run.certificate)}\n"
     text += f"{TRAINING}{earlier}\n### {heading}\n\n{training_text(run)}\n"
     if has_curve:
         text += f"\n![Loss by step]({curve})\n"
@@ -192,6 +193,8 @@ def write_base_card(folder: Path, base: str) -> None:
 def continue_card(base: str, revision: str | None, folder: Path, name: str, heading: str, text: str) -> None:
     """Writes the base's card with one more step of its training section, and with the new checkpoint's name.
 
+    The sets that it names are those of the new checkpoint's certificate, if `folder` has one.
+
     Args:
         base, revision: local folder or Hub name of the checkpoint that the step began with.
         name: Hub name or local folder of the new one.
@@ -204,13 +207,52 @@ def continue_card(base: str, revision: str | None, folder: Path, name: str, head
         card = ModelCard(f"---\ntags:\n- nvembed\n---\n\n# {name.split('/')[-1]}\n")
     before, _, _ = card.text.partition(TRAINING)
     _, earlier = earlier_training(base, revision, folder)
-    old, new = base.split("/")[-1], name.split("/")[-1]
-    before = before.replace(f'("{base}"', f'("{name}"').replace(f"# {old}\n", f"# {new}\n", 1)
+    before = renamed(before, card.data, base, name)
     # Its scores are those of the weights before this step.
     before = before.replace("\n## Evaluation\n", "\n## Evaluation before the last step below\n")
+    certificate = read_training_data(str(folder))
+    if certificate is not None:
+        before = re.sub(rf"{TRAINING_DATA}.*?(?=\n## |\Z)", "\n", before, flags=re.DOTALL)
+        before = f"{before.rstrip()}\n{TRAINING_DATA}\n{training_data_text(certificate)}"
     card.data.eval_results = None
-    card.data.model_name = new
+    card.data.model_name = name.split("/")[-1]
     save_card(folder, card.data, f"{before.strip()}\n{TRAINING}{earlier}\n### {heading}\n\n{text}\n")
+
+
+def renamed(text: str, data: ModelCardData, base: str, name: str) -> str:
+    """A card's text with another model's name in its heading and in the code that loads it.
+
+    A card of ours may call its model by a name on the Hub or by another path than `base`; its code loads nothing else.
+    """
+    is_ours = "nvembed" in (data.tags or [])
+
+    def load(match: re.Match) -> str:
+        return f'{match[1]}("{name}"' if is_ours or match[2] == base else match[0]
+
+    text = re.sub(r'(from_pretrained|SentenceTransformer)\("([^"]+)"', load, text)
+    for old in (base.split("/")[-1], data.model_name):
+        text = text.replace(f"# {old}\n", f"# {name.split('/')[-1]}\n", 1)
+    return text
+
+
+def write_exported_card(base: str, folder: Path, name: str, text: str) -> None:
+    """Writes the card of a checkpoint for stock servers: `text`, and the base's license, training data and training."""
+    base, name = base.rstrip("/"), name.rstrip("/")
+    before, earlier = earlier_training(base, None, folder)
+    certificate, title = read_training_data(base), name.split("/")[-1]
+    data = ModelCardData(
+        model_name=title,
+        library_name="sentence-transformers",
+        pipeline_tag="feature-extraction",
+        tags=["sentence-transformers", "sentence-similarity"],
+        **{key: before[key] for key in ("base_model", "license", "license_name", "license_link") if key in before},
+    )
+    lines = ["from sentence_transformers import SentenceTransformer", "", f'model = SentenceTransformer("{name}")']
+    code = "\n".join([*lines, f"queries = model.encode(texts, prompt={format_instruction('...')!r})"])
+    content = f"# {title}\n\n{text}\n\n```python\n{code}\n```\n"
+    if certificate is not None:
+        content += f"{TRAINING_DATA}\n{training_data_text(certificate)}\n"
+    save_card(folder, data, f"{content}{TRAINING}{earlier}" if earlier else content)
 
 
 def save_card(folder: Path, data: ModelCardData, text: str) -> None:

@@ -90,18 +90,13 @@ def find_build(source: DatasetSource) -> dict | None:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         one = content["sets"][Path(source.path).name]
-    except (ValueError, KeyError, TypeError):
+        origin = {name: one["source"][name] for name in ("path", "set", "config", "mteb") if one["source"].get(name)}
+        known = {"counts": one["counts"], "decontaminate": one.get("decontaminate", []), "files": one["files"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # another tool's manifest
-    origin = {name: one["source"][name] for name in ("path", "set", "config", "mteb") if one["source"].get(name)}
     if not could_be_hub_name(origin.get("path", "")):
         origin.pop("path", None)
-    return {
-        "source": origin,
-        "counts": one["counts"],
-        "decontaminate": one.get("decontaminate", []),
-        "files": one["files"],
-        "manifest_sha256": sha256(manifest),
-    }
+    return {"source": origin, **known, "manifest_sha256": sha256(manifest)}
 
 
 def copy_certificate(base: str, revision: str | None, folder: Path) -> None:
@@ -111,13 +106,13 @@ def copy_certificate(base: str, revision: str | None, folder: Path) -> None:
         write_certificate(folder, known)
 
 
-def merge_certificates(models: Sequence[str], folder: Path) -> None:
+def merged_certificate(models: Sequence[str]) -> dict:
     """What any of several checkpoints was trained on, for one made from all of them."""
     known = [read_training_data(name) or {"complete": False, "base": base_name(name), "stages": []} for name in models]
     stages = []
     for certificate in known:
         stages += [stage for stage in certificate["stages"] if stage not in stages]
-    write_certificate(folder, known[0] | {"complete": all(one["complete"] for one in known), "stages": stages})
+    return known[0] | {"complete": all(one["complete"] for one in known), "stages": stages}
 
 
 def write_certificate(folder: Path, certificate: dict) -> None:

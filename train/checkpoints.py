@@ -128,12 +128,15 @@ def quantized_by(config: NVEmbedConfig) -> str | None:
 
 
 def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
-    """Calls `write_card`, if given. Errors are logged, not raised: weights without a card are still worth saving."""
+    """Calls `write_card`, which may write other files about the weights, if given.
+
+    Errors are logged, not raised: weights without a card are still worth saving.
+    """
     try:
         if write_card is not None:
             write_card(folder)
     except Exception:
-        logger.exception("Writing the model card failed; the weights are saved without one")
+        logger.exception("Writing the model card, or training_data.json, failed; the weights are saved without")
 
 
 def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:

@@ -21,6 +21,8 @@ from transformers import AutoModel, HfArgumentParser, LlamaConfig, PretrainedCon
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import NVEmbedModel, rope_settings
 from nvembed.texts_nvembed import save_tokenizer
+from nvembed.train.card import write_exported_card
+from nvembed.train.certificate import copy_certificate
 from nvembed.train.checkpoints import check_output_dir, quantized_by, staged
 from nvembed.train.released import append_eos
 
@@ -112,8 +114,11 @@ def write_rope_for_transformers_4(file: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def export(model: NVEmbedModel, output_dir: str) -> None:
+def export(model: NVEmbedModel, output_dir: str, base: str | None = None) -> None:
     """Writes the decoder, tokenizer and sentence-transformers' files of a model that `check_exportable` lets pass.
+
+    Args:
+        base: the checkpoint that the model was loaded from, whose certificate and card go with it; None: neither.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -152,6 +157,10 @@ def export(model: NVEmbedModel, output_dir: str) -> None:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if len(parts) == 3:
             (folder / "2_Normalize").mkdir()
+        if base is not None:
+            copy_certificate(base, None, folder)
+            text = f"`{base.rstrip('/').split('/')[-1]}` of nvembed, written by `train/export.py` for stock servers."
+            write_exported_card(base, folder, output_dir, text)
 
 
 def main(args: ExportArguments) -> None:
@@ -167,7 +176,7 @@ def main(args: ExportArguments) -> None:
         logger.warning(
             f"{args.output_dir} says is_causal: false, which transformers reads from 5.2 on and ignores before."
         )
-    export(NVEmbedModel.from_pretrained(args.model, dtype="auto"), args.output_dir)
+    export(NVEmbedModel.from_pretrained(args.model, dtype="auto"), args.output_dir, args.model)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.card import continue_card
-from nvembed.train.certificate import merge_certificates
+from nvembed.train.certificate import merged_certificate, write_certificate
 from nvembed.train.checkpoints import check_output_dir, write_checkpoint
 from nvembed.train.compress.checkpoint import load_uncompressed
 from nvembed.train.compress.sparsity import check_pattern
@@ -87,10 +87,14 @@ def main(args: MergeArguments) -> None:
     check_output_dir(args.output_dir)
     model = merge(args.models, args.weights)
     parts = [f"`{name}` ({weight:g})" for name, weight in zip(args.models, args.weights)]
-    text = f"`train/merge.py` of nvembed: the mean of the weights of {', '.join(parts)}."
+    text = (
+        f"`train/merge.py` of nvembed: the mean of the weights of {', '.join(parts)}. What stands above is of the "
+        "first, but for the training data, which is of all; the others' cards have their training."
+    )
+    certificate = merged_certificate(args.models)
 
     def add_files(folder) -> None:
-        merge_certificates(args.models, folder)
+        write_certificate(folder, certificate)
         continue_card(args.models[0], None, folder, args.output_dir, "merge", text)
 
     write_checkpoint(model, args.output_dir, add_files)

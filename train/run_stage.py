@@ -10,6 +10,7 @@ from trl import get_quantization_config
 
 from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.tasks.local import read_tasks
+from nvembed.eval.training_data import read_training_data
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.adapter import add_adapter
 from nvembed.train.arguments import (
@@ -75,6 +76,7 @@ def _run_stage(model_args: ModelArguments, data_args: DataArguments, training_ar
                     f"{source.name} is read as it is, not compared with the test sets that paper.yaml names: "
                     "train/build_data.py does that"
                 )
+    read_training_data(model_args.model_name_or_path, model_args.model_revision)  # a damaged one is an error now
     repositories = check_push(training_args, model_args)
     settings = settings_of(model_args, data_args, training_args)
     resume = find_resume(training_args.output_dir, training_args.resume_from_checkpoint)

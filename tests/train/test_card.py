@@ -14,6 +14,7 @@ from nvembed.train.card import (
     write_base_card,
     write_card,
 )
+from nvembed.train.certificate import write_certificate
 from nvembed.train.data.source import DatasetSource
 
 
@@ -123,6 +124,28 @@ def test_names_may_end_with_a_slash(tmp_path):
     assert continued.data.model_name == "out"
     usage, _, training = continued.text.partition("## Training")
     assert "# out\n" in usage and '("runs/out"' in usage and "base" not in usage and "Pruned." in training
+
+
+def test_a_continued_card_loads_the_new_model_and_names_its_data(tmp_path):
+    """Whatever the base's card calls it: its name on the Hub, or another path to it."""
+    for name in ("base", "out", "theirs"):
+        (tmp_path / name).mkdir()
+    sets = [{"name": "x", "mteb": ["STS12"]}]
+    certificate = {"complete": True, "base": "b", "stages": [{"stage": "stage1", "sets": sets}]}
+    write_card(tmp_path / "base", make_run("stage1", "org/decoder", certificate=certificate), "me/model")
+    sets[0]["mteb"] = ["STS13"]
+    write_certificate(tmp_path / "out", certificate)
+    continue_card(str(tmp_path / "base"), None, tmp_path / "out", "runs/out", "merge", "Merged.")
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "# out\n" in card and card.count('("runs/out"') == 2 and "me/model" not in card and "# model" not in card
+    assert card.count("## Training data") == 1 and '"STS13"' in card and '"STS12"' not in card
+    text = (
+        '---\nmodel_name: x\n---\n# x\n\nfrom_pretrained("org/x"), from_pretrained("org/y")\n\n## Training data\n\nA.'
+    )
+    (tmp_path / "theirs" / "README.md").write_text(f"{text}\n\n## Limits\n\nMany.\n")
+    continue_card(str(tmp_path / "theirs"), None, tmp_path / "out", "runs/out", "prune", "Pruned.")
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert 'from_pretrained("org/y")' in card and "## Limits\n\nMany." in card and "\nA." not in card
 
 
 def test_hub_names(tmp_path, monkeypatch):

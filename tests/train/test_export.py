@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import Qwen2Config, Qwen3Config
 
 from nvembed import NVEmbedModel
+from nvembed.eval.training_data import read_training_data
 from nvembed.train.checkpoints import write_checkpoint
 from nvembed.train.export import ExportArguments, main
 from nvembed.train.init_checkpoint import init_model
@@ -60,7 +62,16 @@ torch.save([model.encode(texts), model.encode(texts, prompt={PROMPT!r})], {str(t
 def test_what_engines_read(tmp_path, init_args):
     arguments = init_args(pooling_type="mean", is_mask_instruction=False)
     write_checkpoint(init_model(arguments), str(tmp_path / "checkpoint"))
+    sets = [{"name": "x", "mteb": ["STS12"]}]
+    known = {"complete": True, "base": "b", "stages": [{"stage": "stage1", "sets": sets}]}
+    (tmp_path / "checkpoint" / "training_data.json").write_text(json.dumps(known))
+    card = "---\nlicense: mit\n---\n# checkpoint\n\n## Training\n\n### stage1\n\nOf old.\n"
+    (tmp_path / "checkpoint" / "README.md").write_text(card)
     main(ExportArguments(str(tmp_path / "checkpoint"), str(tmp_path / "stock")))
+    assert read_training_data(str(tmp_path / "stock")) == known, "run_mteb.py marks its tasks as seen"
+    card = ModelCard.load(tmp_path / "stock" / "README.md")
+    assert card.data.license == "mit" and 'training_datasets = {\n    "STS12",\n}' in card.text
+    assert f'SentenceTransformer("{tmp_path}/stock")' in card.text and card.text.endswith("### stage1\n\nOf old.\n")
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert (config["is_causal"], config["use_bidirectional_attention"]) == (False, True)
     assert config.get("sliding_window") is None and config["max_position_embeddings"] == 2048

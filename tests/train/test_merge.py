@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvembed.modeling_nvembed import NVEmbedModel
-from nvembed.train.certificate import merge_certificates
+from nvembed.train.certificate import merged_certificate
 from nvembed.train.merge import MergeArguments, main
 
 
@@ -28,7 +28,10 @@ def seeds(tmp_path, model):
 @pytest.mark.parametrize("shares", [None, [3.0, 1.0, 4.0]])
 def test_weights_are_averaged(tmp_path, seeds, shares):
     folders, weights = seeds
-    certificates = [{"complete": True, "base": "b", "stages": [{"stage": s, "sets": []}]} for s in ("x", "y", "x")]
+    certificates = [
+        {"complete": True, "base": "b", "stages": [{"stage": stage, "sets": [{"name": stage, "mteb": [task]}]}]}
+        for stage, task in (("x", "STS12"), ("y", "STSBenchmark"), ("x", "STS12"))
+    ]
     for folder, certificate in zip(folders, certificates):
         (tmp_path / folder / "training_data.json").write_text(json.dumps(certificate))
     main(MergeArguments(folders, str(tmp_path / "merged"), shares))
@@ -40,9 +43,10 @@ def test_weights_are_averaged(tmp_path, seeds, shares):
     seen = json.loads((tmp_path / "merged" / "training_data.json").read_text())
     assert [stage["stage"] for stage in seen["stages"]] == ["x", "y"] and seen["complete"]
     (tmp_path / "2" / "training_data.json").write_text(json.dumps(certificates[2] | {"complete": False}))
-    merge_certificates(folders, tmp_path)
-    assert not json.loads((tmp_path / "training_data.json").read_text())["complete"]
-    assert "the mean of the weights of" in (tmp_path / "merged" / "README.md").read_text()
+    assert not merged_certificate(folders)["complete"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "the mean of the weights of" in card
+    assert 'training_datasets = {\n    "STS12",\n    "STSBenchmark",\n}' in card, "of all, as a leaderboard reads it"
 
 
 def test_what_has_no_mean_is_refused(tmp_path, seeds):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from nvembed.eval.data.corpus import TextShards
 from nvembed.eval.files import sha256, write_json
-from nvembed.eval.models import digest_model, free_gpu_memory
+from nvembed.eval.models import digest_model, find_config, free_gpu_memory
 from nvembed.eval.shards import ExecutorArguments, make_shards
 from nvembed.eval.vectors import (
     MadeFrom,
@@ -72,7 +72,7 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
 
 
 def describe(settings: BuildSettings) -> dict:
-    """All settings that decide what is built, with digests of local data, evaluation sets and a local teacher."""
+    """All settings that decide what is built, with digests of local data, evaluation sets and models, or commits."""
     record = asdict(settings) | {"datasets": [provenance(source) for source in settings.datasets]}
     if settings.decontaminate is not None:
         record["decontaminate"] = portable(settings.decontaminate)
@@ -85,9 +85,14 @@ def describe(settings: BuildSettings) -> dict:
         [Path(name).name, documents, digest_texts(DecontaminationRule([name], documents=documents))]
         for name, documents in files
     )
-    model = settings.teacher.model
-    if model is not None and Path(model).is_dir():
-        record["teacher"]["digest"] = digest_model(Path(model))
+    teacher = settings.teacher
+    for key, name, revision in (
+        ("digest", teacher.model, teacher.revision),
+        ("digest of the cross-encoder", teacher.cross_encoder, None),
+    ):
+        if name is not None:
+            _, commit = find_config(name, revision)
+            record["teacher"][key] = commit or digest_model(Path(name))
     return record
 
 

@@ -206,6 +206,10 @@ def test_a_cross_encoder_scores_what_bm25_found(recipe, tmp_path):
         torch.testing.assert_close(torch.tensor([row["positive_score"], *row["negative_scores"]]), scores)
         assert (scores[1:] < 0.9 * scores[0] + 1e-6).all()
         assert row["negative_scores"] == sorted(row["negative_scores"], reverse=True)
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "cross")
+    with pytest.raises(ValueError, match="of something else: teacher.digest of the cross-encoder was"):
+        build(recipe, tmp_path / "out")
 
 
 @pytest.mark.slow
