@@ -217,6 +217,12 @@ def prepare_distillation(args: DistillArguments, student: NVEmbedModel, max_leng
     """
     if "states" in args.kd_losses:
         teacher = StatesTeacher(args.teacher, args.teacher_revision, student)
+        masks = [model.config.is_mask_instruction for model in (teacher.model, student)]
+        if set(args.kd_losses) > {"states"} and masks[0] != masks[1]:  # it pools the student's batches
+            raise ValueError(
+                f"teacher {args.teacher} has is_mask_instruction {masks[0]} and the student {masks[1]}: its embeddings "
+                "would be pooled as the student's, not as its own; leave states out of kd_losses, or all else"
+            )
         layers = match_layers(student, teacher.model, args.layer_map)
         width = teacher.model.config.hidden_size
     else:

@@ -210,7 +210,7 @@ def read_teacher_cache(
         TimeoutError: the main process took longer than `ddp_timeout`, its wait for another run that fills the folder
             included.
     """
-    with after_main_process(training_args):
+    with after_main_process(training_args, "the teacher's embeddings"):
         cache = TeacherCache(Path(training_args.teacher_cache), teacher.settings)
         if training_args.process_index == 0:
             cache.fill(teacher, texts_of_run(blend, collator))
@@ -260,10 +260,14 @@ def load_blend(data_args: DataArguments, training_args: StageArguments) -> Blend
 
 
 @contextmanager
-def after_main_process(training_args: StageArguments) -> Iterator[None]:
-    """Runs the body on the main process first, then on the others, which raise once they have waited too long."""
+def after_main_process(training_args: StageArguments, what: str = "the triplets") -> Iterator[None]:
+    """Runs the body, which makes `what`, on the main process first, then on the others.
+
+    Raises:
+        TimeoutError: on these, once they have waited too long.
+    """
     advice = (
-        f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for the triplets, and the run ends if "
+        f"The other processes wait ddp_timeout = {training_args.ddp_timeout} s for {what}, and the run ends if "
         "reading, mining and a teacher's embedding take longer: raise --ddp_timeout then, or mine beforehand "
         "(train/data/mine_negatives.py)."
     )
@@ -277,4 +281,4 @@ def after_main_process(training_args: StageArguments) -> Iterator[None]:
     except RuntimeError as error:
         if entered:
             raise
-        raise TimeoutError(f"the main process did not finish the triplets ({error}). {advice}") from error
+        raise TimeoutError(f"the main process did not finish {what} ({error}). {advice}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -190,9 +191,13 @@ class TeacherCache:
             ValueError: a text is not in the cache.
         """
         wanted = np.array([cache_id(text) for text in texts], dtype=np.int64)
-        places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
-        if (missing := np.flatnonzero(self.ids[places] != wanted)).size:
-            raise ValueError(f"teacher_cache {self.folder} has no {texts[missing[0]].text[:80]!r}")
+        missing = np.flatnonzero(~np.isin(wanted, self.ids))
+        if missing.size:
+            raise ValueError(
+                f"teacher_cache {self.folder} on {socket.gethostname()} has no {texts[missing[0]].text[:80]!r}: it "
+                "must be on a disk that all machines share with the main process's, which fills it"
+            )
+        places = np.searchsorted(self.ids, wanted)
         rows = self.order[places]
         result = np.empty((len(texts), self.parts[0].width), dtype=np.float32)
         for part, start in zip(self.parts, self.starts):

@@ -206,6 +206,14 @@ def test_states_error_of_equal_states_is_zero():
     assert torch.allclose(states_error(2 * x, x, True), torch.ones(4))
 
 
+def test_a_teacher_is_not_pooled_by_the_students_mask(student, teacher_dir, tmp_path):
+    student.config.is_mask_instruction = False
+    given = {"output_dir": str(tmp_path), "teacher": str(teacher_dir), "use_cpu": True}
+    with pytest.raises(ValueError, match="has is_mask_instruction True and the student False: .* leave states out"):
+        prepare_distillation(DistillArguments(**given, kd_losses=["states", "similarities"]), student, 32)
+    assert prepare_distillation(DistillArguments(**given, kd_losses=["states"]), student, 32), "they are of every token"
+
+
 def test_an_instruction_that_a_teacher_does_not_read_is_refused(student, tmp_path, monkeypatch):
     teacher = LoadedModel("t", "r", None, prompts={"default": ""})
     monkeypatch.setattr(distillation, "load_model", lambda *given: teacher)

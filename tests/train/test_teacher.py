@@ -72,8 +72,11 @@ def test_a_cache_holds_what_the_teacher_gives_and_knows_whose_it_is(
     assert torch.allclose(teacher.embed(batch), expected, atol=1e-6)
     TeacherCache(folder, teacher.cache.settings).fill(teacher, texts_of_run(blend, collator))
     batch["texts"][0] = BatchText("", "a text that is nowhere", True)
-    with pytest.raises(ValueError, match="has no 'a text that is nowhere'"):
+    with pytest.raises(ValueError, match="cache on .* has no 'a text that is nowhere': it must be on a disk that all"):
         teacher.embed(batch)
+    elsewhere = TeacherCache(tmp_path / "of another machine", teacher.cache.settings)
+    with pytest.raises(ValueError, match="of another machine on .* has no"):
+        elsewhere.look_up(batch["texts"])
     with pytest.raises(ValueError, match="was made with instruction"):
         TeacherCache(folder, EmbeddingTeacher(model, "Look for it").settings)
     randomize(student, seed=3)

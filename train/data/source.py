@@ -287,10 +287,16 @@ def find_files(source: DatasetSource) -> list[Path]:
     """The local files that hold the split, in order; empty for a Hub dataset.
 
     Raises:
-        ValueError: the path is a folder without a file for the split.
+        ValueError: the path is a folder without a file for the split; the entry asks for a part of what is read whole.
     """
     path = Path(source.path)
+    if path.exists() and source.config is not None and source.set is None:  # a set's are of its own source
+        raise ValueError(f"{path}: config is {source.config!r}, which Hub datasets have and local data has not")
     if path.is_file():
+        if source.split != "train" and source.set is None:
+            raise ValueError(
+                f"{path}: split is {source.split!r}, and a file is read whole; leave split out, or name its folder"
+            )
         return [path]
     if not path.is_dir():
         return []

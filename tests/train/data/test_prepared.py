@@ -308,6 +308,11 @@ def test_bad_sources_are_named(tmp_path, beir):
         prepare([DatasetSource(str(tmp_path / "absent"), "retrieval")], 1)
     with pytest.raises(ValueError, match="neither a local file or folder nor a dataset found on the Hub"):
         prepare([DatasetSource("org/absent")], 1)
+    file = write_jsonl(tmp_path / "whole.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
+    with pytest.raises(ValueError, match="whole.jsonl: split is 'dev', and a file is read whole; leave split out"):
+        prepare([DatasetSource(str(file), split="dev")], 1)
+    with pytest.raises(ValueError, match="whole.jsonl: config is 'en', which Hub datasets have and local data has not"):
+        prepare([DatasetSource(str(file), config="en")], 1)
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t", "label": "only"}] * 3)
     with pytest.raises(ValueError, match=r"one label only, \['only'\]"):
         prepare([DatasetSource(one)], 1)
