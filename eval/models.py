@@ -200,12 +200,22 @@ def clean(text: str) -> str:
     return text.replace("\0", " ").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Raises a `ValueError` if a revision is asked for of a local folder, which is read as it is."""
+    if revision not in (None, "main") and model is not None and Path(model).is_dir():
+        raise ValueError(
+            f"revision {revision!r} is asked for of {model}, which is a folder and has none: leave it out, or name a "
+            "model on the Hub"
+        )
+
+
 def find_config(model: str, revision: str | None) -> tuple[dict, str | None]:
     """The model's config, empty if a sentence-transformers model has none, and the Hub's commit.
 
     Raises:
-        ValueError: there is neither such a folder nor such a Hub model.
+        ValueError: there is neither such a folder nor such a Hub model; as `check_revision`.
     """
+    check_revision(model, revision)
     folder = Path(model)
     if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir()):  # else it may be a Hub's owner/name
         raise ValueError(f"model {model!r}: there is no such folder, seen from the working directory {Path.cwd()}")

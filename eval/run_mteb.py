@@ -37,6 +37,11 @@ class MtebArguments(EvaluationArguments):
     )
     query_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a query_model's."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.query_revision is not None and self.query_model is None:
+            raise ValueError(f"query_revision is {self.query_revision} and there is no query_model that it could be of")
+
     def load_query_model(self) -> LoadedModel | None:
         """As `load_model`, with the settings of `model`."""
         if self.query_model is None:

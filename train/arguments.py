@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig
 
+from nvembed.eval.models import check_revision
 from nvembed.texts_nvembed import check_characters
 from nvembed.train.data.kinds import check_kind
 from nvembed.train.data.sets import as_source
@@ -60,6 +61,7 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_revision(self.model_name_or_path, self.model_revision)
         if self.attn_implementation is not None:
             raise ValueError(
                 f"attn_implementation is {self.attn_implementation!r}, but the model chooses its own attention: "
@@ -217,8 +219,8 @@ class StageArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be > 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be > 0, and finite")
         if self.false_negative_margin is not None and not 0 <= self.false_negative_margin < math.inf:
             raise ValueError(
                 f"false_negative_margin is {self.false_negative_margin}; it must be 0 or more, or left out"
@@ -278,7 +280,7 @@ class StageArguments(TrainingArguments):
             return
         if not dims or min(dims) < 1 or len({*dims}) < len(dims):
             raise ValueError(f"matryoshka_dims is {dims}; it must hold different numbers of dimensions, 1 or more")
-        if weights is not None and (len(weights) != len(dims) or not min(weights) > 0):
+        if weights is not None and (len(weights) != len(dims) or not all(0 < one < math.inf for one in weights)):
             raise ValueError(f"matryoshka_weights is {weights} for matryoshka_dims {dims}; each needs one above 0")
 
     @property

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from nvembed.eval.models import check_revision
 from nvembed.train.arguments import Stage2Arguments
 
 
@@ -76,6 +77,7 @@ class DistillArguments(Stage2Arguments):
         super().__post_init__()
         if self.teacher is None:
             raise ValueError("teacher is missing; name the checkpoint to learn from")
+        check_revision(self.teacher, self.teacher_revision)
         if not self.kd_losses or set(self.kd_losses) - set(KD_LOSSES):
             raise ValueError(f"kd_losses is {self.kd_losses}; it must hold some of {', '.join(KD_LOSSES)}")
         if not 0 < self.alpha < math.inf:
@@ -83,8 +85,8 @@ class DistillArguments(Stage2Arguments):
         if not 0 <= self.contrastive_weight < math.inf:
             raise ValueError(f"contrastive_weight is {self.contrastive_weight}; it must be 0 or more")
         for name in ("teacher_temperature", "similarity_temperature"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0, and finite")
         if "states" in self.kd_losses and self.teacher_cache is not None:
             raise ValueError(
                 "teacher_cache keeps a teacher's embeddings, and kd_losses has states, for which the teacher runs "

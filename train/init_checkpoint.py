@@ -100,6 +100,8 @@ def init_model(args: InitArguments) -> NVEmbedModel:
     """
     base, gguf = args.base, {"gguf_file": args.gguf_file} if args.gguf_file else {}
     if Path(base).suffix == ".gguf":
+        if args.gguf_file is not None:
+            raise ValueError(f"base is {base}, a file, and gguf_file {args.gguf_file} another: leave one out")
         base, gguf = str(Path(base).parent), {"gguf_file": Path(base).name}
     for name in ("num_latents", "num_cross_heads", "cross_dim_head"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -236,6 +236,13 @@ def test_bad_numbers(field, value):
         MtebArguments("m", "o", **{field: value})
 
 
+def test_revisions_of_what_has_none_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="query_revision is v2 and there is no query_model"):
+        MtebArguments("m", "o", query_revision="v2")
+    with pytest.raises(ValueError, match="revision 'v2' is asked for of .*, which is a folder and has none"):
+        MtebArguments(str(checkpoint), "o", revision="v2").load()
+
+
 def test_mtebs_version_is_in_the_summary(arguments, data):
     (data / "tasks.yaml").write_text("tasks: [{type: STS, path: sts}]")
     assert run(arguments())["mteb"] == mteb.__version__

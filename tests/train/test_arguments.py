@@ -246,6 +246,12 @@ def test_datasets_on_the_command_line_are_paths(tmp_path):
         ("max_length: 0\n", "max_length is 0"),
         ("num_negatives: 1.5\n", "num_negatives is 1.5"),
         ("temperature: 0\n", "temperature is 0"),
+        ("temperature: .inf\n", "temperature is inf; it must be > 0, and finite"),
+        (
+            "matryoshka_dims: [8, 4]\nmatryoshka_weights: [1, .nan]\n",
+            "matryoshka_weights is .*; each needs one above 0",
+        ),
+        ("model_name_or_path: .\nmodel_revision: v2\n", "revision 'v2' is asked for of ., which is a folder"),
         ("num_negatives: -1\n", "num_negatives is -1"),
         ("eval_names: [a]\n", r"eval_names is \['a'\] but there is no eval_tasks"),
     ],

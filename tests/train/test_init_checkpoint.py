@@ -176,6 +176,10 @@ def test_output_dir_is_checked_before_work(tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            {"base": "a.gguf", "gguf_file": "b.gguf"},
+            "base is a.gguf, a file, and gguf_file b.gguf another: leave one out",
+        ),
         ({"base": "no/such"}, "no/such is neither a local decoder folder or .gguf file nor a Hub model"),
         ({"num_latents": 0}, "num_latents is 0; it must be 1 or more"),
         ({"cross_dim_head": -3}, "cross_dim_head is -3; it must be 1 or more"),
