@@ -16,7 +16,7 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from nvembed.eval.ablation.grid import Grid, check_options, check_seeds
+from nvembed.eval.ablation.grid import Grid, check_options
 from nvembed.eval.ablation.page import draw, put_section, section, write_scores
 from nvembed.eval.ablation.runner import (
     Results,
@@ -27,7 +27,7 @@ from nvembed.eval.ablation.runner import (
     visible_devices,
 )
 from nvembed.eval.commands import errors_in_one_line
-from nvembed.eval.files import claimed, locked
+from nvembed.eval.files import claimed, locked, write_text
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -50,8 +50,8 @@ def ablate(args: argparse.Namespace) -> int:
     check_jobs(args.jobs)
     grid, folder = Grid.read(args.grid), Path(args.output_dir)
     if args.seeds is not None:
-        check_seeds(args.seeds)
         grid.seeds = args.seeds
+        grid.check()  # cells that differ by seed alone may be the same now
     if args.use_gpu:
         if not (args.dry_run or args.report_only or visible_devices()):
             raise ValueError("--use_gpu is set and there is no GPU that torch can use; leave it out")
@@ -66,7 +66,7 @@ def ablate(args: argparse.Namespace) -> int:
         results = open_results(grid, folder, args.mix_revisions)
         runner = Runner(grid, folder, results, args.jobs)
         lines = [line for name, own in runner.commands().items() for line in (f"# {name}", *own)]
-        (folder / f"{grid.file.stem}.commands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{grid.file.stem}.commands.txt", "\n".join(lines) + "\n")
         runner.run()
         with reporting(folder):
             write(grid, results, folder, args)
@@ -78,7 +78,7 @@ def report(grid: Grid, folder: Path, args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: run {args.grid} without --report_only")
     with reporting(folder):
-        results = open_results(grid, folder, mix_revisions=True)
+        results = open_results(grid, folder, mix_revisions=True, to_report=True)
         if not any(run.key in results.scores for run in grid.runs()):
             raise ValueError(
                 f"{folder} has no scores of {args.grid} with these options: give the --seeds and --use_gpu that it ran "
@@ -103,7 +103,7 @@ def write(grid: Grid, results: Results, folder: Path, args: argparse.Namespace) 
     command = shlex.join(command + (["--page", args.page] if args.page is not None else []))
     name = grid.file.stem  # a folder may hold several grids
     text = section(grid, results, Path(), command)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text(folder / f"{name}.md", text)
     print(text)
     beside = Path("ablations")  # the page
     for one in [folder] if args.page is None else [folder, Path(args.page).parent / beside]:

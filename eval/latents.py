@@ -7,6 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.modeling_nvembed import FoldedLatentAttention, NVEmbedModel
 from nvembed.texts_nvembed import PackedLayout, format_instruction, length_sorted_batches, pack, tokenize
 
@@ -27,6 +28,12 @@ class Attention:
     tokens: dict[int, tuple[int, Tensor]]
 
 
+def check_has_latents(config: NVEmbedConfig, name: str) -> None:
+    """Raises a `ValueError` if a model has no latents."""
+    if config.pooling_type != "latent_attention":
+        raise ValueError(f"{name} has pooling_type {config.pooling_type!r}; only latent_attention has latents")
+
+
 @torch.no_grad()
 def attention(model: NVEmbedModel, texts: list[str], instruction: str, max_length: int) -> Attention:
     """Attention of every token over the latents, from the folded form, whose softmax it is.
@@ -34,10 +41,7 @@ def attention(model: NVEmbedModel, texts: list[str], instruction: str, max_lengt
     Raises:
         ValueError: the model has no latents.
     """
-    if model.config.pooling_type != "latent_attention":
-        raise ValueError(
-            f"the model's pooling_type is {model.config.pooling_type!r}; only latent_attention has latents"
-        )
+    check_has_latents(model.config, "the model")
     block = model.latent_attention_model
     if not isinstance(block, FoldedLatentAttention):
         block = FoldedLatentAttention.fold(block, model.config.latent_attention_config)

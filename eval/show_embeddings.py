@@ -11,6 +11,7 @@ classes and the mean cosine.
 
 import html
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,8 @@ from nvembed.eval.models import load_model, scaled_to_1
 from nvembed.eval.plots import COLORS, names_of
 from nvembed.eval.spread import effective_rank, mean_cosine
 
+
+logger = logging.getLogger(__name__)
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # of matplotlib; the page draws the same shapes
 PAGE = Path(__file__).with_name("show_embeddings.html")
@@ -154,6 +157,8 @@ def main(args: EmbeddingsArguments) -> None:
     for name in args.models:
         model = load_model(name, None, args.max_length, show_progress_bar=True)
         prefix = model.query_prefix(args.instruction)
+        if args.instruction and model.prompts is not None:
+            logger.warning("%s has prompts of its own: it reads %r before each text, not the instruction", name, prefix)
         embeddings.append(scaled_to_1(model.embed(texts, prefix).astype(np.float32)))
     maps = make_maps(embeddings, labels, args)
     folder = Path(args.output_dir)

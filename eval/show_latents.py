@@ -17,14 +17,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
+from nvembed.configuration_nvembed import NVEmbedConfig
 from nvembed.eval.commands import errors_in_one_line
 from nvembed.eval.data.labelled import LabelledArguments
-from nvembed.eval.files import write_json
+from nvembed.eval.files import write_json, write_text
 from nvembed.eval.latents import (
     SHUFFLES,
     Attention,
     attention,
     by_chance,
+    check_has_latents,
     ends,
     maps,
     of_class,
@@ -51,6 +53,8 @@ class LatentsArguments(LabelledArguments):
 
     def __post_init__(self):
         self.names = names_of(self.models, self.names)
+        if self.top < 1:
+            raise ValueError(f"top is {self.top}; it must be 1 or more")
 
     @property
     def models(self) -> list[str]:
@@ -161,6 +165,8 @@ def page(found: list[dict], args: LatentsArguments) -> str:
 def main(args: LatentsArguments) -> None:
     texts, labels = zip(*args.read())
     folder, seen, found = Path(args.output_dir), {}, []
+    for path in args.models:  # before any work
+        check_has_latents(NVEmbedConfig.from_pretrained(path), path)
     for name, path in zip(args.names, args.models):
         model = NVEmbedModel.from_pretrained(path).eval()
         seen[name] = attention(model, list(texts), args.instruction, args.max_length)
@@ -170,7 +176,7 @@ def main(args: LatentsArguments) -> None:
     best = found[0]["pairs"][0]["classes"]
     draw(seen, list(labels), best, folder / "latents.png")
     text = page(found, args)
-    (folder / "LATENTS.md").write_text(text, encoding="utf-8")
+    write_text(folder / "LATENTS.md", text)
     print(text)
 
 

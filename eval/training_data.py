@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 
 FILE = "training_data.json"  # in a checkpoint's folder; `nvembed.train.certificate` writes it
+SEEN = "seen"  # a mark of a score; the others need no name
 
 
 def read_training_data(model: str, revision: str | None = None) -> dict | None:
@@ -66,4 +67,4 @@ def is_seen_by_any(task: AbsTask, certificates: Iterable[Mapping | None]) -> boo
 
 
 def mark(seen: bool | None) -> str:
-    return {True: "seen", False: "zero-shot", None: "-"}[seen]
+    return {True: SEEN, False: "zero-shot", None: "-"}[seen]

@@ -40,10 +40,15 @@ def merge(models: list[str], weights: list[float]) -> NVEmbedModel:
     """The weighted mean of checkpoints, summed in fp32, in the dtype of the first; one is in memory beside the sum.
 
     Raises:
-        ValueError: as `load_uncompressed`; a checkpoint has another config or tokenizer than the first; the mean of
-            pruned ones is no longer sparse.
+        ValueError: as `load_uncompressed`; they are centred; a checkpoint has another config or tokenizer than the
+            first; the mean of pruned ones is no longer sparse.
     """
     merged = load_uncompressed(models[0], None, "merge")
+    if merged.config.latent_attention_config.subtract_mean:
+        raise ValueError(
+            f"{models[0]} subtracts the mean of its own embeddings, which is not that of the merged model's: merge the "
+            "checkpoints before train/center.py, and center the result"
+        )
     dtype = merged.dtype
     merged.float()
     total, sums = sum(weights), merged.state_dict()

@@ -12,9 +12,8 @@ from nvembed.eval.ablation.runs import Table, cell_name
 
 LEVEL = 0.05
 TEST = (
-    "A claim compares the rows that differ in its setting alone. p is of a two-sided t-test of whether the mean of the "
-    f"seeds' differences is zero; below {LEVEL:g} a claim holds, or its opposite does. Fewer than three seeds claim "
-    "nothing."
+    "A claim compares the rows that differ in its setting alone. p: two-sided paired t-test over the seeds; below "
+    f"{LEVEL:g} the claim holds, or its opposite does. Fewer than three seeds give no verdict."
 )
 PAIRS = (
     "Where several pairs of rows differ so, a seed's difference is the mean of theirs; the range is of the pairs' "

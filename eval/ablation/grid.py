@@ -235,9 +235,10 @@ class Grid:
     def _check_cell(self, cell: tuple[tuple[str, str], ...]) -> None:
         """That its steps exist, and begin as those of a run do."""
         steps = self._steps(cell)
-        if not isinstance(steps, list) or not steps or (unknown := [step for step in steps if step not in STEPS]):
-            wrong = unknown[0] if isinstance(steps, list) and steps else steps
-            raise ValueError(f"{self.file}: there is no step {wrong!r}; the steps are {', '.join(STEPS)}")
+        if not isinstance(steps, list) or not steps:
+            raise ValueError(f"{self.file}: steps is {steps!r}; it must be a list of some of {', '.join(STEPS)}")
+        if unknown := [step for step in steps if step not in STEPS]:
+            raise ValueError(f"{self.file}: there is no step {unknown[0]!r}; the steps are {', '.join(STEPS)}")
         if "init" in steps[1:]:
             raise ValueError(
                 f"{self.file}: the steps are {', '.join(steps)}; init must be the first, for it begins anew"

@@ -12,7 +12,7 @@ from nvembed.eval.ablation.grid import MERGED, OWN, Grid
 from nvembed.eval.ablation.runner import MEASURING, Results, digests_in, keys_of, merged_keys
 from nvembed.eval.ablation.runs import Table, cell_name
 from nvembed.eval.ablation.zero_shot import folded
-from nvembed.eval.files import locked, whole
+from nvembed.eval.files import locked, whole, write_text
 from nvembed.eval.markdown_table import markdown_table
 
 
@@ -45,9 +45,9 @@ def section(grid: Grid, results: Results, folder: Path, command: str) -> str:
     made_by = [f"{library} {version}" for library, version in results.made_of.get("libraries", {}).items()]
     made_by.append(f"code {', '.join(digests) or '-'}")
     lines.append(
-        f"`{command}`; {hours:.2f} hours of commands, steps shared with other grids included; written {date.today()}; "
-        f"{', '.join(made_by)}. The commands of each run are in {name}.commands.txt there, its scores in "
-        f"[{name}.csv]({(folder / f'{name}.csv').as_posix()})."
+        f"`{command}`; {hours:.2f} hours of commands that ended, steps shared with other grids included; written "
+        f"{date.today()}; {', '.join(made_by)}. The commands of each run are in {name}.commands.txt there, its scores "
+        f"in [{name}.csv]({(folder / f'{name}.csv').as_posix()})."
     )
     return "\n".join(line for line in lines if line is not None) + "\n"
 
@@ -115,8 +115,8 @@ def draw(grid: Grid, results: Results, path: Path) -> None:
     axes.set_xlabel("average score, %; one dot per seed, a line at the mean")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def write_scores(grid: Grid, results: Results, path: Path) -> None:
@@ -151,9 +151,7 @@ def put_section(page: Path, name: str, text: str) -> None:
     """
     with locked(page.parent, lambda: None, f".{page.name}.lock"):
         content = page.read_text(encoding="utf-8") if page.is_file() else "# Ablations\n"
-        with_section = _with_section(page, content, name, text)
-        with whole(page) as partial:
-            partial.write_text(with_section, encoding="utf-8")
+        write_text(page, _with_section(page, content, name, text))
 
 
 def _with_section(page: Path, content: str, name: str, text: str) -> str:

@@ -22,6 +22,7 @@ from nvembed.eval.ablation.provenance import code_digest, commit, made_of
 from nvembed.eval.ablation.runs import STEPS, Run, Step, Table, cell_name
 from nvembed.eval.commands import SCRIPTS, as_typed, cores, make_checkpoint, score
 from nvembed.eval.files import write_json
+from nvembed.eval.training_data import SEEN
 
 
 STATE = "grid.json"
@@ -110,8 +111,11 @@ def digests_in(codes: Iterable[str]) -> set[str]:
     return {digest for code in codes for digest in code.split(", ")}
 
 
-def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
+def open_results(grid: Grid, folder: Path, mix_revisions: bool, to_report: bool = False) -> Results:
     """The results of a grid in `folder`, from earlier runs if there are any.
+
+    Args:
+        to_report: nothing will be added to them, so that code, data and libraries may have changed since.
 
     Raises:
         ValueError: they were made from other data, recipes or tasks, or, without `mix_revisions`, by other code.
@@ -120,7 +124,7 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
     if not file.is_file():
         return Results(now)
     results = Results(**json.loads(file.read_text(encoding="utf-8")))
-    for name in now:
+    for name in now.keys() - ({"files", "libraries"} if to_report else set()):
         was = results.made_of.get(name)  # None: an earlier version did not say
         if name == "files":  # other axes may name other files; the same ones must have the same contents
             changed = [path for path, digest in was.items() if now["files"].get(path, digest) != digest]
@@ -128,6 +132,8 @@ def open_results(grid: Grid, folder: Path, mix_revisions: bool) -> Results:
                 raise ValueError(f"{folder} has results of another {changed[0]}: name another output_dir")
         elif was != now[name]:
             raise ValueError(f"{folder} has results of {name} {was!r}, not {now[name]!r}: name another output_dir")
+    if to_report:
+        return results
     results.made_of["files"] |= now["files"]
     others = digests_in(results.code.values()) - {code_digest()}
     if others and not mix_revisions:
@@ -177,14 +183,19 @@ class Runner:
             while runs or working:
                 for run in list(runs):
                     missing = [step for step in run.last.chain if step.key not in done]
-                    if blame := next((broken[step.key] for step in missing if step.key in broken), None):
+                    job = missing[0] if missing else run
+                    if run.key in self.results.scores or run.key in self.results.failed:  # another cell's run, too
+                        runs.remove(run)
+                    elif blame := next((broken[step.key] for step in missing if step.key in broken), None):
                         self.results.failed[run.key] = blame
                         runs.remove(run)
-                    elif len(working) < self.jobs and not missing:
+                    elif len(working) == self.jobs or job.key in {other.key for other in working.values()}:
+                        continue  # recipes that differ in other steps alone give two steps of one key
+                    elif missing:
+                        working[self._submit(pool, job.key, self._make, job)] = job
+                    else:
                         runs.remove(run)
                         working[self._submit(pool, run.key + MEASURING, self._measure, run.last.key, run.tasks)] = run
-                    elif len(working) < self.jobs and missing[0].key not in making(working.values()):
-                        working[self._submit(pool, missing[0].key, self._make, missing[0])] = missing[0]
                 for future in wait(working, return_when=FIRST_COMPLETED).done if working else ():
                     job = working.pop(future)
                     if isinstance(job, Step):
@@ -295,7 +306,14 @@ class Runner:
         with self._log(key + MEASURING) as log:
             where = {"stdout": log, "stderr": log, "env": environment}
             model, folder = str(self.folder_of(key)), self._scores_of(key)
-            return score(model, self.grid.tasks, folder, *self._options(names), **where)
+            found = score(model, self.grid.tasks, folder, *self._options(names), **where)
+        details = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["details"]
+        if seen := [name for name in names if details[name]["training_data"] == SEEN]:
+            raise ValueError(
+                f"{seen[0]} is measured as zero-shot, and the model was trained on its training data: leave_out must "
+                "name the set in every step that reads it"
+            )
+        return found
 
     def _merge(self, pool: ThreadPoolExecutor) -> None:
         """Makes and measures the mean of each cell's seeds, where all of them are there."""
@@ -327,13 +345,10 @@ class Runner:
         if not isinstance(error, subprocess.CalledProcessError) or not log.is_file():
             return str(error)
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        told = [line for line in lines if ERROR.match(line)] or [line for line in lines if line] or ["no output"]
-        return f"{told[-1][:300]} ({log})"
-
-
-def making(jobs: Iterable[Step | Run]) -> set[str]:
-    """The keys of the steps among jobs; recipes that differ in other steps alone give two steps of one key."""
-    return {job.key for job in jobs if isinstance(job, Step)}
+        if told := [line for line in lines if ERROR.match(line)]:
+            return f"{told[-1][:300]} ({log})"
+        last = next((line[:200] for line in reversed(lines) if line), "nothing")
+        return f"ended with status {error.returncode} and no error, as where memory runs out; last said: {last} ({log})"
 
 
 def command(script: str, arguments: list[str], output_dir: Path) -> str:

@@ -40,7 +40,8 @@ class LabelledArguments:
             known = ", ".join(sorted(counts)[:20])
             raise ValueError(f"classes has {unknown[0]!r}, which no text has; labels are {known}")
         if len(classes) < 2:
-            raise ValueError(f"{self.data} has one class, {classes}; there is nothing to tell apart")
+            where = f"{self.data} has" if self.classes is None else "classes names"
+            raise ValueError(f"{where} one class, {', '.join(classes)}; there is nothing to tell apart")
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}; it must be 2 or more")
         rng, chosen = random.Random(self.seed), []

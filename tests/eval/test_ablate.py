@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,6 +234,50 @@ def test_runs_that_begin_alike_share_their_steps(write_grid, capsys):
     assert "--temperature 0.01" in lines[2] and lines[3].startswith("python eval/run_mteb.py --model out/runs/stage2-")
 
 
+def test_a_training_of_two_cells_is_measured_once(write_grid, tmp_path, monkeypatch):
+    """The first seed's draws are those that all seeds of the second cell begin with."""
+    axes = {"new weights": {"of each seed": {}, "drawn once": {"init": {"seed": 1}}}}
+    file = write_grid(axes=axes, seeds=[1, 2], steps=["init", "stage1"])
+    grid, measured = Grid.read(str(file)), []
+    monkeypatch.setattr(Runner, "_make", lambda self, step, environment: True)
+    monkeypatch.setattr(Runner, "_measure", lambda self, key, *rest: measured.append(key) or {"average": 1.0})
+    results = open_results(grid, tmp_path, False)
+    Runner(grid, tmp_path, results, min(2, os.cpu_count())).run()
+    assert len(measured) == len({*measured}) == 3 and not results.missing(grid)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(file), "--output_dir", str(tmp_path), "--seeds", "1"])
+    with pytest.raises(SystemExit, match="drawn once is the same run as of each seed"):
+        main()
+
+
+def test_a_set_that_was_trained_on_gives_no_zero_shot_score(write_grid, tmp_path, monkeypatch):
+    """Left out of one stage, and read by the other."""
+
+    def measure(model, tasks, folder, *options, **rest):
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"details": {"scored": {"training_data": mark}}}))
+        return {"scored": 1.0, "average": 1.0}
+
+    monkeypatch.setattr(runner, "score", measure)
+    grid = Grid.read(write_grid())
+    for mark in ("zero-shot", "-"):
+        assert Runner(grid, tmp_path / mark, Results({}))._measure("stage2-0", ("scored",), {})["scored"] == 1.0
+    mark = "seen"
+    Runner(grid, tmp_path / "all", Results({}))._measure("stage2-0", (), {})
+    with pytest.raises(ValueError, match="scored is measured as zero-shot, .* must name the set in every step"):
+        Runner(grid, tmp_path / mark, Results({}))._measure("stage2-0", ("scored",), {})
+
+
+def test_a_command_that_was_killed_is_told_from_one_with_an_error(write_grid, tmp_path):
+    one = Runner(Grid.read(write_grid()), tmp_path, Results({}))
+    log = tmp_path / "logs" / "stage1-0.log"
+    log.parent.mkdir()
+    log.write_text("Loading\n 12%|## | 12/100\n\n")
+    killed = one._reason("stage1-0", subprocess.CalledProcessError(1, "stage1.py"))
+    assert killed.startswith("ended with status 1 and no error, as where memory runs out; last said: 12%|## | 12/100 (")
+    log.write_text("Loading\nValueError: x is 1\nand more\n")
+    assert one._reason("stage1-0", subprocess.CalledProcessError(1, "stage1.py")) == f"ValueError: x is 1 ({log})"
+
+
 def test_results_of_other_code_are_not_mixed_in_silence(write_grid, tmp_path, monkeypatch):
     grid = Grid.read(write_grid())
     results = open_results(grid, tmp_path, False)
@@ -308,11 +353,13 @@ def test_a_report_of_a_grid_that_is_not_through(write_grid, tmp_path, monkeypatc
     results.code = {run.key: "0123456789ab" for run in runs[:3]}
     results.save(out)
     before = (out / "grid.json").read_bytes()
+    monkeypatch.setattr(provenance, "version", lambda name: "0.1")  # upgraded since
     with claimed(out, "ablate.py"), pytest.raises(SystemExit, match="1 runs failed"):
         main()
     page = (tmp_path / "PAGE.md").read_text()
     assert "| 40.00 ± 0.00 (2) |" in page and "0123456789ab" in page, "by whatever code"
     assert "Not measured yet: 2 of 6 runs." in page and "another grid" not in page
+    assert f"torch {torch.__version__}, " in page and "torch 0.1" not in page, "what measured"
     assert f"Runs that failed:\n\n- {cell_name(runs[3].cell)}, seed {runs[3].seed}: ValueError: x\n" in page
     assert "--report_only" not in page, "the command makes all of it"
     assert (out / "grid.json").read_bytes() == before and (tmp_path / "ablations" / "grid.png").is_file()

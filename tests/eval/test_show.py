@@ -111,10 +111,16 @@ def test_latents_are_shown(tmp_path, checkpoint, data):
     page = (tmp_path / "out" / "LATENTS.md").read_text()
     assert page.count("| head | latent | always | never | separation |") == 2 and "## before: always / never" in page
     assert (tmp_path / "out" / "latents.png").stat().st_size > 10000
-    with pytest.raises(ValueError, match="pooling_type is 'mean'"):
-        model = NVEmbedModel.from_pretrained(checkpoint)
-        model.config.pooling_type = "mean"
+    model = NVEmbedModel.from_pretrained(checkpoint)
+    model.config.pooling_type = "mean"
+    with pytest.raises(ValueError, match="the model has pooling_type 'mean'; only latent_attention has latents"):
         latents.attention(model, ["a"], "", 64)
+    model.config.save_pretrained(tmp_path / "mean")
+    options["beside"] = str(tmp_path / "mean")
+    with pytest.raises(ValueError, match="mean has pooling_type 'mean'; only latent_attention has latents"):
+        show_latents.main(show_latents.LatentsArguments(model=str(checkpoint), **options))
+    with pytest.raises(ValueError, match="top is 0; it must be 1 or more"):
+        show_latents.LatentsArguments(model="m", data="d", output_dir="o", top=0)
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -177,8 +183,8 @@ def test_texts_that_cannot_be_shown_are_named(data):
     write_jsonl(data / "one.jsonl", [{"text": text, "label": "once" if text == "a" else "often"} for text in "abc"])
     for options, words in (
         ({"classes": ["never", "often"]}, "classes has 'often', which no text has; labels are always, never"),
-        ({"classes": ["never"]}, "has one class"),
-        ({"classes": ["never", "never"]}, "has one class"),
+        ({"classes": ["never"]}, "classes names one class, never; there is nothing"),
+        ({"classes": ["never", "never"]}, "classes names one class, never; there is nothing"),
         ({"split": "dev"}, "there is no dev.jsonl"),
         ({"samples": 1}, "samples is 1"),
         ({"split": "one"}, "has 1 text of class 'once'; each class needs two"),
