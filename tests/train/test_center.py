@@ -11,6 +11,7 @@ from nvembed.train.center import CenterArguments, main
 from nvembed.train.compress.prune import drop_latent_attention
 from nvembed.train.distillation import add_projection
 from nvembed.train.export import check_exportable
+from nvembed.train.merge import merge
 from tests.triplets import write_jsonl
 
 
@@ -60,6 +61,8 @@ def test_what_would_lose_the_mean_is_refused(centred, tmp_path):
         add_projection(model, 12)
     with pytest.raises(ValueError, match="subtracts a mean .* export the checkpoint that train/center.py"):
         check_exportable(model.config, str(folder), pool_instructions=True)
+    with pytest.raises(ValueError, match="subtracts the mean of its own embeddings.*merge the checkpoints before"):
+        merge([str(folder), str(folder)], [1.0, 1.0])
     again = CenterArguments(model_name_or_path=str(folder), output_dir=str(tmp_path / "again"), datasets=[])
     with pytest.raises(ValueError, match="is centred already; center the checkpoint that it was made from"):
         main(again)
