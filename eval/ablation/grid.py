@@ -296,8 +296,7 @@ class Grid:
             options = {"seed": seed} | self.options.get(step, {})
             for change in changes:
                 options |= change.get(step, {})
-            # In one order, so that a run is the same wherever, and in whatever order, its options are given.
-            spelled = tuple(part for name in sorted(options) for part in spell(name, options[name]))
+            spelled = tuple(part for name, value in options.items() for part in spell(name, value))
             if step in WITHOUT_RECIPE:
                 last = Step(step, spelled, None, "", last)
             else:
