@@ -50,14 +50,15 @@ def locked(folder: Path, when_busy: Callable[[], None], name: str = LOCK) -> Ite
         when_busy: called if another process has it; if that does not raise, this one waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name, mode=0o664)  # a group may share the folder
+    # A group may share the folder. A marker file in place of a lock would outlive a job that was killed elsewhere.
+    lock = FileLock(folder / name, mode=0o664, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         when_busy()
         lock.acquire()
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise
         logger.warning("%s cannot be locked (%s): two processes at a time in it would not be noticed", folder, error)
     try:

@@ -35,6 +35,7 @@ from nvembed.eval.latents import (
     used_latents,
 )
 from nvembed.eval.markdown_table import markdown_table
+from nvembed.eval.models import find_config
 from nvembed.eval.plots import names_of
 from nvembed.modeling_nvembed import NVEmbedModel
 
@@ -166,7 +167,8 @@ def main(args: LatentsArguments) -> None:
     texts, labels = zip(*args.read())
     folder, seen, found = Path(args.output_dir), {}, []
     for path in args.models:  # before any work
-        check_has_latents(NVEmbedConfig.from_pretrained(path), path)
+        saved, _ = find_config(path, None)
+        check_has_latents(NVEmbedConfig(**saved), path)
     for name, path in zip(args.names, args.models):
         model = NVEmbedModel.from_pretrained(path).eval()
         seen[name] = attention(model, list(texts), args.instruction, args.max_length)

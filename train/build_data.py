@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from nvembed.eval.files import claimed, write_json
 from nvembed.eval.shards import ExecutorArguments
-from nvembed.train.data.build import build, claim_output, teacher_name
+from nvembed.train.data.build import build, check_is_free, claim_output, teacher_name
 from nvembed.train.data.build_settings import BuildSettings, TeacherSettings
 from nvembed.train.data.data_page import write_page
 from nvembed.train.data.decontaminate import read_rule
@@ -113,8 +113,9 @@ def run(args: BuildArguments) -> dict:
         # A branch of the recipe's model, and trust in its code, say nothing of another's.
         settings.teacher = replace(settings.teacher, model=args.teacher, revision=None, trust_remote_code=False)
     settings.teacher.check()
-    claim_output(settings, output)
+    check_is_free(output)
     with claimed(output / "work", "build_data.py"):
+        claim_output(settings, output)
         sets = build(settings, output, args)
         manifest = {
             "num_negatives": settings.num_negatives,

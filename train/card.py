@@ -190,7 +190,9 @@ def write_base_card(folder: Path, base: str) -> None:
     save_card(folder, data, text)
 
 
-def continue_card(base: str, revision: str | None, folder: Path, name: str, heading: str, text: str) -> None:
+def continue_card(
+    base: str, revision: str | None, folder: Path, name: str, heading: str, text: str, others: Sequence[str] = ()
+) -> None:
     """Writes the base's card with one more step of its training section, and with the new checkpoint's name.
 
     The sets that it names are those of the new checkpoint's certificate, if `folder` has one.
@@ -198,6 +200,7 @@ def continue_card(base: str, revision: str | None, folder: Path, name: str, head
     Args:
         base, revision: local folder or Hub name of the checkpoint that the step began with.
         name: Hub name or local folder of the new one.
+        others: further checkpoints that it was made from, whose data sets are its own, too.
     """
     base, name = base.rstrip("/"), name.rstrip("/")
     try:
@@ -214,6 +217,8 @@ def continue_card(base: str, revision: str | None, folder: Path, name: str, head
     if certificate is not None:
         before = re.sub(rf"{TRAINING_DATA}.*?(?=\n## |\Z)", "\n", before, flags=re.DOTALL)
         before = f"{before.rstrip()}\n{TRAINING_DATA}\n{training_data_text(certificate)}"
+    for other in others:
+        card.data.datasets = sorted({*(card.data.datasets or ()), *datasets_of(other)}) or None
     card.data.eval_results = None
     card.data.model_name = name.split("/")[-1]
     save_card(folder, card.data, f"{before.strip()}\n{TRAINING}{earlier}\n### {heading}\n\n{text}\n")
@@ -272,6 +277,15 @@ def is_hub_name(name: str) -> bool:
 def load_card(base: str, revision: str | None) -> ModelCard:
     """The card of a local folder, or of a Hub repository at a revision."""
     return ModelCard.load(hf_hub_download(base, CARD, revision=revision) if is_hub_name(base) else Path(base, CARD))
+
+
+def datasets_of(base: str) -> list[str]:
+    """The Hub's data sets that a checkpoint's card names; none if there is no card."""
+    try:
+        return load_card(base, None).data.datasets or []
+    except NO_CARD as error:
+        logger.info(f"no card of {base} to take data sets from: {error}")
+        return []
 
 
 def earlier_training(base: str, revision: str | None, folder: Path) -> tuple[dict, str]:

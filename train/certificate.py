@@ -112,7 +112,7 @@ def merged_certificate(models: Sequence[str]) -> dict:
     stages = []
     for certificate in known:
         stages += [stage for stage in certificate["stages"] if stage not in stages]
-    return known[0] | {"complete": all(one["complete"] for one in known), "stages": stages}
+    return known[0] | {"complete": all(one.get("complete", False) for one in known), "stages": stages}
 
 
 def write_certificate(folder: Path, certificate: dict) -> None:

@@ -90,17 +90,17 @@ def flat(config: dict) -> dict:
 
 def main(args: MergeArguments) -> None:
     check_output_dir(args.output_dir)
+    certificate = merged_certificate(args.models)
     model = merge(args.models, args.weights)
     parts = [f"`{name}` ({weight:g})" for name, weight in zip(args.models, args.weights)]
     text = (
-        f"`train/merge.py` of nvembed: the mean of the weights of {', '.join(parts)}. What stands above is of the "
-        "first, but for the training data, which is of all; the others' cards have their training."
+        f"`train/merge.py` of nvembed: the mean of the weights of {', '.join(parts)}. The training before this step, "
+        "the license and the example are those in the first one's card; the others have cards of their own."
     )
-    certificate = merged_certificate(args.models)
 
     def add_files(folder) -> None:
         write_certificate(folder, certificate)
-        continue_card(args.models[0], None, folder, args.output_dir, "merge", text)
+        continue_card(args.models[0], None, folder, args.output_dir, "merge", text, args.models[1:])
 
     write_checkpoint(model, args.output_dir, add_files)
     print(text)

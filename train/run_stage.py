@@ -22,7 +22,7 @@ from nvembed.train.arguments import (
 )
 from nvembed.train.card import describe_run, write_card
 from nvembed.train.certificate import certify, with_teacher, write_certificate
-from nvembed.train.checkpoints import alone_in
+from nvembed.train.checkpoints import alone_in, check_output_dir
 from nvembed.train.collator import TripletCollator
 from nvembed.train.data.blend import Blend
 from nvembed.train.data.prepared import (
@@ -57,6 +57,7 @@ def main(stage: type[StageArguments]) -> None:
 
 def run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     """Trains one stage and writes its merged checkpoint to `output_dir`; what can fail early fails before training."""
+    check_output_dir(training_args.output_dir)
     is_main = training_args.process_index == 0  # the others are of the same run
     with alone_in(training_args.output_dir, "training") if is_main else nullcontext():
         _run_stage(model_args, data_args, training_args)

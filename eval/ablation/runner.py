@@ -311,7 +311,7 @@ class Runner:
         if seen := [name for name in names if details[name]["training_data"] == SEEN]:
             raise ValueError(
                 f"{seen[0]} is measured as zero-shot, and the model was trained on its training data: leave_out must "
-                "name the set in every step that reads it"
+                "name the set in every step that reads it, and neither start nor teacher may have been trained on it"
             )
         return found
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from nvembed.modeling_nvembed import NVEmbedModel
 from nvembed.train.certificate import merged_certificate
@@ -34,6 +35,7 @@ def test_weights_are_averaged(tmp_path, seeds, shares):
     ]
     for folder, certificate in zip(folders, certificates):
         (tmp_path / folder / "training_data.json").write_text(json.dumps(certificate))
+        (tmp_path / folder / "README.md").write_text(f"---\ndatasets:\n- org/{folder[-1]}\n---\n# A card\n")
     main(MergeArguments(folders, str(tmp_path / "merged"), shares))
     merged = NVEmbedModel.from_pretrained(tmp_path / "merged")
     a, b, c = shares or [1, 1, 1]
@@ -45,6 +47,7 @@ def test_weights_are_averaged(tmp_path, seeds, shares):
     (tmp_path / "2" / "training_data.json").write_text(json.dumps(certificates[2] | {"complete": False}))
     assert not merged_certificate(folders)["complete"]
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert ModelCard(card).data.datasets == ["org/0", "org/1", "org/2"]
     assert "the mean of the weights of" in card
     assert 'training_datasets = {\n    "STS12",\n    "STSBenchmark",\n}' in card, "of all, as a leaderboard reads it"
 

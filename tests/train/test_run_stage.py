@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from nvembed.train.arguments import DataArguments, Stage1Arguments, Stage2Arguments
+from nvembed.train.arguments import DataArguments, ModelArguments, Stage1Arguments, Stage2Arguments
 from nvembed.train.data.source import DatasetSource
 from nvembed.train.resume import find_resume
-from nvembed.train.run_stage import after_main_process, load_blend
+from nvembed.train.run_stage import after_main_process, load_blend, run_stage
+from nvembed.train.trainer import CurrentIntervals
 from tests.triplets import prepare, write_jsonl
 
 
@@ -76,6 +77,22 @@ def test_checkpoints_of_an_unfinished_run_are_not_overwritten(tmp_path):
             find_resume(out, value)
     (tmp_path / "other" / "checkpoint-2" / "global_step2").mkdir()  # DeepSpeed's
     assert find_resume(out, "true") == f"{out}/checkpoint-4"
+
+
+def test_a_training_that_ended_early_writes_no_model(tmp_path, checkpoint, labelled, monkeypatch):
+    """The Trainer returns as usual when a callback, or data that ran out, has stopped it."""
+
+    def stop(callback, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+    monkeypatch.setattr(CurrentIntervals, "on_step_end", stop)
+    args = Stage1Arguments(
+        str(tmp_path / "out"), use_cpu=True, max_steps=3, per_device_train_batch_size=4, report_to="none"
+    )
+    data = DataArguments([DatasetSource(str(labelled), name="labels")], num_negatives=1, instruction="all")
+    with pytest.raises(RuntimeError, match="training ended at step 1 of 3, so no model is written"):
+        run_stage(ModelArguments(str(checkpoint)), data, args)
+    assert not (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / ".lock").exists()
 
 
 def test_a_set_from_which_nothing_could_be_learned_is_refused(tmp_path):

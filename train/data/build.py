@@ -48,6 +48,9 @@ from nvembed.train.data.prepared import first_difference, provenance
 from nvembed.train.data.source import DatasetSource
 
 
+DIGESTS = ("digest", "digest of the cross-encoder")  # of the teacher's models, in the record of a build
+
+
 def claim_output(settings: BuildSettings, output: Path) -> None:
     """Records in `output` what is built there; the same build resumes in it.
 
@@ -56,12 +59,13 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
     """
     record = json.loads(json.dumps(describe(settings)))
     file = output / "work" / "build.json"
+    check_is_free(output)
     if not file.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"--output_dir {output} holds files that are not of a build; name another")
         write_json(file, record)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
+    for name in {*DIGESTS} - before.get("teacher", {}).keys():  # an earlier version did not record it
+        record["teacher"].pop(name, None)
     if before != record and not any(output.glob("work/*/pairs")):  # nothing was built with it
         write_json(file, record)
     elif before != record:
@@ -69,6 +73,16 @@ def claim_output(settings: BuildSettings, output: Path) -> None:
             f"{output} holds a build of something else: {first_difference(before, record)}; name another --output_dir, "
             "or remove this one"
         )
+
+
+def check_is_free(output: Path) -> None:
+    """Raises a `ValueError` if a folder holds other things than a build."""
+    work = output / "work"
+    if (work / "build.json").is_file() or not output.exists():
+        return
+    is_free = output.is_dir() and all(path == work for path in output.iterdir())
+    if not is_free or (work.exists() and any(not path.name.startswith(".") for path in work.iterdir())):
+        raise ValueError(f"--output_dir {output} holds files that are not of a build; name another")
 
 
 def describe(settings: BuildSettings) -> dict:
@@ -86,10 +100,8 @@ def describe(settings: BuildSettings) -> dict:
         for name, documents in files
     )
     teacher = settings.teacher
-    for key, name, revision in (
-        ("digest", teacher.model, teacher.revision),
-        ("digest of the cross-encoder", teacher.cross_encoder, None),
-    ):
+    models = ((teacher.model, teacher.revision), (teacher.cross_encoder, None))
+    for key, (name, revision) in zip(DIGESTS, models, strict=True):
         if name is not None:
             _, commit = find_config(name, revision)
             record["teacher"][key] = commit or digest_model(Path(name))

@@ -103,6 +103,8 @@ def as_source(entry: DatasetSource | dict | str, data_dir: str | None = None) ->
     if "path" in entry and "kind" not in entry:
         for name in ("kind", "config", "columns", "label_separator"):
             told.pop(name, None)  # a file of one's own may be in another layout
+    if "path" in entry and Path(str(entry["path"])).is_file():
+        told.pop("split", None)  # and is read whole
     return source.as_source(told | given)
 
 

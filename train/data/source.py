@@ -290,10 +290,11 @@ def find_files(source: DatasetSource) -> list[Path]:
         ValueError: the path is a folder without a file for the split; the entry asks for a part of what is read whole.
     """
     path = Path(source.path)
-    if path.exists() and source.config is not None and source.set is None:  # a set's are of its own source
+    is_of_path = source.set is None and source.kind != "nemotron"  # else it is of a known source, or a folder's name
+    if path.exists() and source.config is not None and is_of_path:
         raise ValueError(f"{path}: config is {source.config!r}, which Hub datasets have and local data has not")
     if path.is_file():
-        if source.split != "train" and source.set is None:
+        if source.split != "train":
             raise ValueError(
                 f"{path}: split is {source.split!r}, and a file is read whole; leave split out, or name its folder"
             )

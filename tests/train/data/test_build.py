@@ -278,6 +278,11 @@ def test_a_folder_of_another_build_or_of_anything_else_is_left_alone(recipe, tmp
     build(recipe, tmp_path / "out", sets=["ready"])
     with claimed(tmp_path / "out" / "work", "x"), pytest.raises(ValueError, match="another build_data.py runs in"):
         build(recipe, tmp_path / "out", sets=["ready"])
+    with claimed(tmp_path / "new" / "work", "x"), pytest.raises(ValueError, match="another build_data.py runs in"):
+        build(recipe, tmp_path / "new", sets=["ready"])
+    assert [path.name for path in (tmp_path / "new" / "work").iterdir()] == [".lock"], (
+        "its record is the other's to write"
+    )
     before = sorted(tmp_path.glob("out/**/*"))
     change(recipe, num_negatives=3)
     with pytest.raises(ValueError, match="out holds a build of something else: num_negatives was 2 and is 3"):

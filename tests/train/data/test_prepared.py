@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from nvembed.train.arguments import DataArguments
 from nvembed.train.data.prepared import provenance, read_tables
+from nvembed.train.data.sets import as_source
 from nvembed.train.data.source import DatasetSource, check_sources
 from tests.triplets import prepare, write_jsonl
 
@@ -311,6 +312,8 @@ def test_bad_sources_are_named(tmp_path, beir):
     file = write_jsonl(tmp_path / "whole.jsonl", [{"query": "q", "positive": "p", "negatives": ["n"]}])
     with pytest.raises(ValueError, match="whole.jsonl: split is 'dev', and a file is read whole; leave split out"):
         prepare([DatasetSource(str(file), split="dev")], 1)
+    with pytest.raises(ValueError, match="whole.jsonl: split is 'dev', and a file is read whole"):
+        prepare([as_source({"set": "nq", "path": str(file), "split": "dev"})], 1)
     with pytest.raises(ValueError, match="whole.jsonl: config is 'en', which Hub datasets have and local data has not"):
         prepare([DatasetSource(str(file), config="en")], 1)
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "t", "label": "only"}] * 3)
