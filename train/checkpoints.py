@@ -136,7 +136,7 @@ def add_card(folder: Path, write_card: Callable[[Path], None] | None) -> None:
         if write_card is not None:
             write_card(folder)
     except Exception:
-        logger.exception("Writing the model card, or training_data.json, failed; the weights are saved without")
+        logger.exception("Writing the model card, or training_data.json, failed; the weights are saved without one")
 
 
 def tensors_of(config: NVEmbedConfig) -> dict[str, list[int]]:
