@@ -65,6 +65,8 @@ def run_stage(model_args: ModelArguments, data_args: DataArguments, training_arg
 
 def _run_stage(model_args: ModelArguments, data_args: DataArguments, training_args: StageArguments) -> None:
     limit_primitive_cache()
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing; give --model_name_or_path, or name it in the recipe")
     check_negatives(data_args, training_args)
     if isinstance(training_args, DistillArguments):
         training_args.check_texts(data_args.num_negatives)

@@ -90,6 +90,8 @@ def test_a_training_that_ended_early_writes_no_model(tmp_path, checkpoint, label
         str(tmp_path / "out"), use_cpu=True, max_steps=3, per_device_train_batch_size=4, report_to="none"
     )
     data = DataArguments([DatasetSource(str(labelled), name="labels")], num_negatives=1, instruction="all")
+    with pytest.raises(ValueError, match="model_name_or_path is missing; give --model_name_or_path"):
+        run_stage(ModelArguments(), data, args)
     with pytest.raises(RuntimeError, match="training ended at step 1 of 3, so no model is written"):
         run_stage(ModelArguments(str(checkpoint)), data, args)
     assert not (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / ".lock").exists()
