@@ -203,11 +203,7 @@ def continue_card(
         others: further checkpoints that it was made from, whose data sets are its own, too.
     """
     base, name = base.rstrip("/"), name.rstrip("/")
-    try:
-        card = load_card(base, revision)
-    except NO_CARD as error:
-        logger.info(f"no card of {base} to continue: {error}")
-        card = ModelCard(f"---\ntags:\n- nvembed\n---\n\n# {name.split('/')[-1]}\n")
+    card = find_card(base, revision) or ModelCard(f"---\ntags:\n- nvembed\n---\n\n# {name.split('/')[-1]}\n")
     before, _, _ = card.text.partition(TRAINING)
     _, earlier = earlier_training(base, revision, folder)
     before = renamed(before, card.data, base, name)
@@ -218,7 +214,8 @@ def continue_card(
         before = re.sub(rf"{TRAINING_DATA}.*?(?=\n## |\Z)", "\n", before, flags=re.DOTALL)
         before = f"{before.rstrip()}\n{TRAINING_DATA}\n{training_data_text(certificate)}"
     for other in others:
-        card.data.datasets = sorted({*(card.data.datasets or ()), *datasets_of(other)}) or None
+        if (own := find_card(other, None)) is not None:
+            card.data.datasets = sorted({*(card.data.datasets or ()), *(own.data.datasets or ())}) or None
     card.data.eval_results = None
     card.data.model_name = name.split("/")[-1]
     save_card(folder, card.data, f"{before.strip()}\n{TRAINING}{earlier}\n### {heading}\n\n{text}\n")
@@ -274,26 +271,19 @@ def is_hub_name(name: str) -> bool:
     return "/" in name
 
 
-def load_card(base: str, revision: str | None) -> ModelCard:
-    """The card of a local folder, or of a Hub repository at a revision."""
-    return ModelCard.load(hf_hub_download(base, CARD, revision=revision) if is_hub_name(base) else Path(base, CARD))
-
-
-def datasets_of(base: str) -> list[str]:
-    """The Hub's data sets that a checkpoint's card names; none if there is no card."""
+def find_card(base: str, revision: str | None) -> ModelCard | None:
+    """The card of a local folder, or of a Hub repository at a revision; None if there is none that can be read."""
     try:
-        return load_card(base, None).data.datasets or []
+        return ModelCard.load(hf_hub_download(base, CARD, revision=revision) if is_hub_name(base) else Path(base, CARD))
     except NO_CARD as error:
-        logger.info(f"no card of {base} to take data sets from: {error}")
-        return []
+        logger.info(f"no card of {base} to take anything from: {error}")
+        return None
 
 
 def earlier_training(base: str, revision: str | None, folder: Path) -> tuple[dict, str]:
     """Metadata of the base's card and, if the base is local, its training section, copying the loss curves in it."""
-    try:
-        card = load_card(base, revision)
-    except NO_CARD as error:
-        logger.info(f"no card of {base} to continue: {error}")
+    card = find_card(base, revision)
+    if card is None:
         return {}, ""
     if is_hub_name(base):
         return card.data.to_dict(), ""

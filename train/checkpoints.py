@@ -57,19 +57,19 @@ def check_output_dir(output_dir: str) -> Path:
 
 @contextmanager
 def alone_in(output_dir: str, user: str) -> Iterator[None]:
-    """Keeps other runs out of a folder until its checkpoint is written.
+    """Keeps other runs out of a folder that `check_output_dir` lets pass, until its checkpoint is written.
 
     Args:
         user: what another one is called.
 
     Raises:
-        FileExistsError: as `check_output_dir`.
+        FileExistsError: another one has ended in it meanwhile.
         ValueError: another one runs in it.
     """
-    folder = check_output_dir(output_dir)
+    folder = Path(output_dir).resolve()
     with without_empty_folders(folder), claimed(folder, user):
         try:
-            check_output_dir(output_dir)  # again: the other one may have ended meanwhile
+            check_output_dir(output_dir)
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)  # no part of a checkpoint

@@ -191,9 +191,8 @@ class TeacherCache:
             ValueError: a text is not in the cache.
         """
         wanted = np.array([cache_id(text) for text in texts], dtype=np.int64)
-        places = np.searchsorted(self.ids, wanted).clip(max=max(0, len(self.ids) - 1))
-        is_there = self.ids[places] == wanted if len(self.ids) else np.zeros(len(wanted), dtype=bool)
-        if (missing := np.flatnonzero(~is_there)).size:
+        places = np.searchsorted(self.ids, wanted)
+        if (missing := np.flatnonzero(places == np.searchsorted(self.ids, wanted, side="right"))).size:
             raise ValueError(
                 f"teacher_cache {self.folder} on {socket.gethostname()} has no {texts[missing[0]].text[:80]!r}: it "
                 "must be on a disk that all machines share with the main process's, which fills it"
